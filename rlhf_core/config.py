@@ -1,0 +1,468 @@
+"""Every value a run can change: one model per section of params.yaml, frozen and strict.
+
+Loading, profiles, `key=value` overrides and comment-keeping writes are here; no section does I/O,
+no field has a default, and nothing rewrites a value after it was loaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from rlhf_core.errors import InputError
+
+Fraction = float  # documented as such; bounds stand at each field
+PROFILES_DIR = Path("configs/profiles")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class RunConfig(Section):
+    seed: NonNegativeInt
+    device: Literal["auto", "cpu", "cuda"]
+    precision: Literal["auto", "float32", "bfloat16"]
+
+
+class LoRAConfig(Section):
+    rank: PositiveInt
+    alpha: PositiveFloat
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+class ScratchConfig(Section):
+    vocab_size: int = Field(ge=300, description="256 bytes, the special tokens and some merges")
+    hidden_size: PositiveInt
+    num_layers: PositiveInt
+    num_heads: PositiveInt
+
+    @model_validator(mode="after")
+    def check_heads(self) -> Self:
+        if self.hidden_size % (2 * self.num_heads):
+            raise ValueError(
+                f"model.scratch.hidden_size ({self.hidden_size}) must be a multiple of "
+                f"2 x model.scratch.num_heads ({self.num_heads}): rotary positions turn pairs of a head"
+            )
+        return self
+
+
+class ModelConfig(Section):
+    source: Literal["package", "path", "hub", "scratch"]
+    name: str
+    revision: str
+    save_dtype: Literal["bfloat16", "float32"]
+    finetuning: Literal["lora", "full"]
+    lora: LoRAConfig
+    scratch: ScratchConfig
+
+    @model_validator(mode="after")
+    def check_name(self) -> Self:
+        if self.source in ("path", "hub") and not self.name:
+            raise ValueError(f"model.name must name the model when model.source is {self.source}")
+        if self.source in ("package", "scratch") and self.name:
+            raise ValueError(
+                f"model.name ({self.name!r}) must be empty when model.source is {self.source}"
+            )
+        return self
+
+
+class DataConfig(Section):
+    demonstrations: tuple[str, ...] = Field(min_length=1)
+    preferences: tuple[str, ...]
+    prompts: tuple[str, ...] = Field(min_length=1)
+    eval_fraction: float = Field(gt=0.0, lt=1.0)
+    max_demonstrations: PositiveInt
+    max_preferences: PositiveInt
+    max_prompts: PositiveInt
+    min_prompt_chars: PositiveInt
+    max_prompt_chars: PositiveInt
+    min_response_chars: PositiveInt
+    max_response_chars: PositiveInt
+    drop_personal_data: bool
+
+    @model_validator(mode="after")
+    def check_lengths(self) -> Self:
+        for name in ("prompt", "response"):
+            low, high = getattr(self, f"min_{name}_chars"), getattr(self, f"max_{name}_chars")
+            if low > high:
+                raise ValueError(f"data.min_{name}_chars ({low}) must not exceed data.max_{name}_chars ({high})")
+        return self
+
+
+class ValidateConfig(Section):
+    max_prompt_tokens: PositiveInt
+    max_response_tokens: PositiveInt
+    min_rows: PositiveInt
+    max_duplicate_fraction: float = Field(ge=0.0, le=1.0)
+    max_quarantined_fraction: float = Field(ge=0.0, le=1.0)
+    min_longer_chosen: float = Field(ge=0.0, le=1.0)
+    max_longer_chosen: float = Field(ge=0.0, le=1.0)
+
+    @model_validator(mode="after")
+    def check_balance(self) -> Self:
+        if self.min_longer_chosen > self.max_longer_chosen:
+            raise ValueError(
+                f"validate.min_longer_chosen ({self.min_longer_chosen}) must not exceed "
+                f"validate.max_longer_chosen ({self.max_longer_chosen})"
+            )
+        return self
+
+
+class SamplingConfig(Section):
+    """How text is made. A seed makes it repeatable; 0 and 1 switch top-k and top-p off."""
+
+    temperature: PositiveFloat
+    top_k: NonNegativeInt
+    top_p: float = Field(gt=0.0, le=1.0)
+    max_new_tokens: PositiveInt
+    seed: NonNegativeInt
+
+
+class TrainingSection(Section):
+    learning_rate: PositiveFloat
+    max_grad_norm: PositiveFloat
+
+
+class PretrainConfig(TrainingSection):
+    num_steps: NonNegativeInt
+    batch_size: PositiveInt
+    max_length: int = Field(ge=8)
+    warmup_fraction: float = Field(ge=0.0, lt=1.0)
+
+
+def _check_multiple(section: str, large: tuple[str, int], small: tuple[str, int]) -> None:
+    if large[1] % small[1]:
+        raise ValueError(f"{section}.{large[0]} ({large[1]}) must be a multiple of {section}.{small[0]} ({small[1]})")
+
+
+class SFTConfig(TrainingSection):
+    num_rows: PositiveInt
+    num_epochs: PositiveInt
+    batch_size: PositiveInt
+    micro_batch_size: PositiveInt
+    max_length: int = Field(ge=8)
+    warmup_fraction: float = Field(ge=0.0, lt=1.0)
+    num_eval_rows: PositiveInt
+    eval_every: PositiveInt
+
+    @model_validator(mode="after")
+    def check_batch_sizes(self) -> Self:
+        _check_multiple("sft", ("batch_size", self.batch_size), ("micro_batch_size", self.micro_batch_size))
+        return self
+
+
+class PreferencesConfig(Section):
+    num_prompts: PositiveInt
+    num_eval_prompts: PositiveInt
+    responses_per_prompt: int = Field(ge=2)
+    pairs_per_prompt: PositiveInt
+    max_human_pairs: NonNegativeInt
+    labeler: Literal["vader", "judge", "endpoint", "function"]
+    labeler_target: str
+    min_margin: NonNegativeFloat
+    label_noise: float = Field(ge=0.0, lt=0.5)
+    sampling: SamplingConfig
+    batch_size: PositiveInt
+
+    @model_validator(mode="after")
+    def check_labeler(self) -> Self:
+        most = self.responses_per_prompt * (self.responses_per_prompt - 1) // 2
+        if self.pairs_per_prompt > most:
+            raise ValueError(
+                f"preferences.pairs_per_prompt ({self.pairs_per_prompt}) must be at most {most}, the pairs among "
+                f"preferences.responses_per_prompt ({self.responses_per_prompt}) answers"
+            )
+        _check_target("preferences.labeler", self.labeler, self.labeler_target)
+        return self
+
+
+def _check_target(key: str, kind: str, target: str) -> None:
+    if kind == "vader" and target:
+        raise ValueError(f"{key}_target ({target!r}) must be empty when {key} is vader")
+    if kind != "vader" and not target:
+        raise ValueError(f"{key}_target must say which one when {key} is {kind}")
+    if kind == "function" and target.count(":") != 1:
+        raise ValueError(f"{key}_target ({target!r}) must have the form module:function")
+
+
+class RewardConfig(TrainingSection):
+    num_epochs: PositiveInt
+    batch_size: PositiveInt
+    micro_batch_size: PositiveInt
+    max_length: int = Field(ge=8)
+    warmup_fraction: float = Field(ge=0.0, lt=1.0)
+    confidence: float = Field(gt=0.5, lt=1.0)
+    eval_every: PositiveInt
+
+    @model_validator(mode="after")
+    def check_batch_sizes(self) -> Self:
+        _check_multiple("reward", ("batch_size", self.batch_size), ("micro_batch_size", self.micro_batch_size))
+        return self
+
+
+class PPOConfig(TrainingSection):
+    num_updates: PositiveInt
+    rollout_batch_size: PositiveInt
+    samples_per_prompt: PositiveInt
+    num_ppo_epochs: PositiveInt
+    minibatch_size: PositiveInt
+    micro_batch_size: PositiveInt
+    critic_learning_rate: PositiveFloat
+    warmup_updates: NonNegativeInt
+    kl_coef: NonNegativeFloat
+    kl_budget: PositiveFloat
+    gamma: float = Field(gt=0.0, le=1.0)
+    gae_lambda: float = Field(ge=0.0, le=1.0)
+    cliprange: float = Field(gt=0.0, lt=1.0)
+    cliprange_value: PositiveFloat
+    vf_coef: PositiveFloat
+    missing_eos_penalty: NonNegativeFloat
+    checkpoint_every: PositiveInt
+    sampling: SamplingConfig
+
+    @property
+    def prompts_per_update(self) -> int:
+        return self.rollout_batch_size // self.samples_per_prompt
+
+    @model_validator(mode="after")
+    def check_batch_sizes(self) -> Self:
+        rollout = ("rollout_batch_size", self.rollout_batch_size)
+        minibatch = ("minibatch_size", self.minibatch_size)
+        _check_multiple("ppo", rollout, ("samples_per_prompt", self.samples_per_prompt))
+        _check_multiple("ppo", rollout, minibatch)
+        _check_multiple("ppo", minibatch, ("micro_batch_size", self.micro_batch_size))
+        return self
+
+    @model_validator(mode="after")
+    def check_sampling(self) -> Self:
+        if self.sampling.top_k != 0 or self.sampling.top_p != 1.0:
+            raise ValueError(
+                f"ppo.sampling.top_k ({self.sampling.top_k}) must be 0 and ppo.sampling.top_p "
+                f"({self.sampling.top_p}) must be 1: a truncated distribution biases the probability ratio"
+            )
+        return self
+
+
+class EvaluateConfig(Section):
+    num_prompts: PositiveInt
+    gold: Literal["vader", "function"]
+    gold_target: str
+    confidence: float = Field(gt=0.5, lt=1.0)
+    bootstrap_samples: int = Field(ge=100)
+    num_samples: PositiveInt
+    sampling: SamplingConfig
+    batch_size: PositiveInt
+
+    @model_validator(mode="after")
+    def check_gold(self) -> Self:
+        _check_target("evaluate.gold", self.gold, self.gold_target)
+        return self
+
+
+class FlowConfig(Section):
+    stage_time_limit: PositiveInt
+    stage_retries: NonNegativeInt
+    registered_model: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    validate_: ValidateConfig = Field(alias="validate")
+    pretrain: PretrainConfig
+    sft: SFTConfig
+    preferences: PreferencesConfig
+    reward: RewardConfig
+    ppo: PPOConfig
+    evaluate: EvaluateConfig
+    flow: FlowConfig
+
+    @model_validator(mode="after")
+    def check_relations(self) -> Self:
+        if self.model.source == "scratch" and self.pretrain.num_steps == 0:
+            raise ValueError("pretrain.num_steps (0) must be positive when model.source is scratch")
+        if self.model.source != "scratch":
+            return self
+        longest = self.data_tokens_needed()
+        if longest > SCRATCH_CONTEXT:
+            raise ValueError(f"a max_length of {longest} exceeds the {SCRATCH_CONTEXT} positions of a scratch model")
+        return self
+
+    def data_tokens_needed(self) -> int:
+        return max(self.pretrain.max_length, self.sft.max_length, self.reward.max_length)
+
+
+SCRATCH_CONTEXT = 512
+
+
+def load_params(path: Path) -> Params:
+    """Read and check `path`.
+
+    Raises InputError that names the file and, for each fault, the key, its value and the rule.
+    """
+    return parse_params(read_yaml(path), str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; run this in the directory that holds params.yaml") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: must hold sections, found {type(tree).__name__}")
+    return tree
+
+
+def parse_params(tree: Mapping[str, Any], origin: str) -> Params:
+    try:
+        return Params.model_validate(tree)
+    except ValidationError as error:
+        faults = "\n".join(f"  {line}" for line in _explain(error, tree))
+        raise InputError(f"{origin}: {error.error_count()} fault(s)\n{faults}") from None
+
+
+def _explain(error: ValidationError, tree: Mapping[str, Any]) -> Iterator[str]:
+    for fault in error.errors():
+        key = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            yield f"{key}: unknown key{_suggest(key, tree)}"
+        elif fault["type"] == "missing":
+            yield f"{key}: missing"
+        elif fault["type"] == "value_error":
+            yield str(fault["ctx"]["error"])
+        else:
+            yield f"{key} = {fault['input']!r}: {fault['msg']}"
+
+
+def _suggest(key: str, tree: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(key, list(known_keys()), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def known_keys(model: type[BaseModel] = Params, prefix: str = "") -> Iterator[str]:
+    """Dotted names of every leaf key."""
+    for name, field in model.model_fields.items():
+        key = prefix + (field.alias or name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from known_keys(field.annotation, key + ".")
+        else:
+            yield key
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Turn `["ppo.kl_coef=0.1"]` into `{"ppo.kl_coef": 0.1}`; values are YAML.
+
+    Raises InputError for a text without `=` or with an unknown key.
+    """
+    known = set(known_keys())
+    values: dict[str, Any] = {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        key = key.strip()
+        if not equals:
+            raise InputError(f"override {text!r}: must have the form section.key=value")
+        if key not in known:
+            near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
+            raise InputError(f"override {text!r}: unknown key {key}" + (f"; did you mean {near[0]}?" if near else ""))
+        values[key] = _parse_value(text, value)
+    return values
+
+
+def _parse_value(text: str, value: str) -> Any:
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise InputError(f"override {text!r}: {value!r} is not a YAML value") from None
+    if parsed is None:
+        return ""  # `model.name=` empties a text
+    if isinstance(parsed, str):
+        try:
+            return float(parsed)  # YAML 1.1 reads 1e-4 as text
+        except ValueError:
+            return parsed
+    return parsed
+
+
+def profile_values(name: str, root: Path) -> dict[str, Any]:
+    """The dotted keys and values that configs/profiles/NAME.yaml sets."""
+    directory = root / PROFILES_DIR
+    path = directory / f"{name}.yaml"
+    if not path.is_file():
+        names = ", ".join(sorted(p.stem for p in directory.glob("*.yaml"))) or "none"
+        raise InputError(f"profile {name!r}: no such profile in {directory}; there are: {names}")
+    return dict(_flatten(read_yaml(path)))
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def change_params(path: Path, values: Mapping[str, Any]) -> Params:
+    """Set dotted keys in the file at `path`, keeping its comments; checked before it is written.
+
+    Raises InputError, with the file as it was, when the result would not be valid.
+    """
+    from ruamel.yaml import YAML  # here: only commands that write need it
+
+    from rlhf_core.atomic import write_text
+
+    if not values:
+        return load_params(path)
+    read_yaml(path)
+    editor = YAML()
+    editor.preserve_quotes = True
+    editor.width = 200
+    tree = editor.load(path.read_text(encoding="utf-8"))
+    for key, value in values.items():
+        *parents, leaf = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        if isinstance(value, (list, tuple)):
+            value = _flow_list(value)
+        node[leaf] = value
+    import io
+
+    buffer = io.StringIO()
+    editor.dump(tree, buffer)
+    text = buffer.getvalue()
+    params = parse_params(yaml.safe_load(text), f"{path} with " + ", ".join(f"{k}={v}" for k, v in values.items()))
+    if text != path.read_text(encoding="utf-8"):
+        write_text(path, text)
+    return params
+
+
+def _flow_list(values: Sequence[Any]) -> Any:
+    from ruamel.yaml.comments import CommentedSeq
+
+    sequence = CommentedSeq(values)
+    sequence.fa.set_flow_style()
+    return sequence

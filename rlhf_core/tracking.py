@@ -1,0 +1,73 @@
+"""What a stage reports while it runs: JSON lines always, MLflow when it is on.
+
+The only door through which `rlhf_core` lets its numbers out.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+
+class Tracker:
+    """Collects the metrics, tables and progress of one stage below `run_dir`.
+
+    `run_dir/history.jsonl` holds one object a step and `run_dir/progress.json` how far the stage is;
+    both are read by others while the stage runs.
+    """
+
+    def __init__(self, stage: str, run_dir: Path) -> None:
+        self.stage = stage
+        self.run_dir = run_dir
+        self.history: list[dict[str, float]] = []
+        self.perf: dict[str, float] = {}
+        self._bar: tqdm | None = None
+        self._last_progress = 0.0
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "history.jsonl").unlink(missing_ok=True)
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record metrics of one step. Names are `area/name`; values must be the same in a repetition."""
+        row = {"step": step, **{name: float(value) for name, value in metrics.items()}}
+        self.history.append(row)
+        with (self.run_dir / "history.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def log_perf(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Record times, speeds and memory: shown and tracked, but never part of a reproducible output."""
+        self.perf.update({name: float(value) for name, value in metrics.items()})
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Record a small table, such as sample texts: run_dir/NAME.table.json."""
+        (self.run_dir / f"{name}.table.json").write_text(json.dumps(list(rows), ensure_ascii=False), encoding="utf-8")
+
+    def artifact(self, path: Path) -> None:
+        """Record a file or directory (plot, report)."""
+
+    def dataset(self, name: str, path: Path, context: str) -> None:
+        """Record that the stage read the Parquet file `path` for `context` (training, evaluation)."""
+
+    def progress(self, done: int, total: int, note: str = "") -> None:
+        """Show a bar with the time left on stderr, and keep run_dir/progress.json current."""
+        if self._bar is None or self._bar.total != total:
+            self.close_bar()
+            self._bar = tqdm(total=total, desc=self.stage, file=sys.stderr, dynamic_ncols=True, mininterval=1.0)
+        self._bar.update(done - self._bar.n)
+        self._bar.set_postfix_str(note)
+        if done >= total or time.monotonic() - self._last_progress > 1.0:
+            self._last_progress = time.monotonic()
+            state = {"stage": self.stage, "done": done, "total": total, "note": note}
+            partial = self.run_dir / "progress.json.partial"
+            partial.write_text(json.dumps(state), encoding="utf-8")
+            partial.replace(self.run_dir / "progress.json")
+
+    def close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
