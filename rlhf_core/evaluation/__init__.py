@@ -1,0 +1,1 @@
+"""How models are compared: statistics, text metrics, plots and the report."""
