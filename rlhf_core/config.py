@@ -79,9 +79,7 @@ class ModelConfig(Section):
         if self.source in ("path", "hub") and not self.name:
             raise ValueError(f"model.name must name the model when model.source is {self.source}")
         if self.source in ("package", "scratch") and self.name:
-            raise ValueError(
-                f"model.name ({self.name!r}) must be empty when model.source is {self.source}"
-            )
+            raise ValueError(f"model.name ({self.name!r}) must be empty when model.source is {self.source}")
         return self
 
 
@@ -104,7 +102,9 @@ class DataConfig(Section):
         for name in ("prompt", "response"):
             low, high = getattr(self, f"min_{name}_chars"), getattr(self, f"max_{name}_chars")
             if low > high:
-                raise ValueError(f"data.min_{name}_chars ({low}) must not exceed data.max_{name}_chars ({high})")
+                raise ValueError(
+                    f"data.min_{name}_chars ({low}) must not exceed data.max_{name}_chars ({high})"
+                )
         return self
 
 
@@ -151,7 +151,9 @@ class PretrainConfig(TrainingSection):
 
 def _check_multiple(section: str, large: tuple[str, int], small: tuple[str, int]) -> None:
     if large[1] % small[1]:
-        raise ValueError(f"{section}.{large[0]} ({large[1]}) must be a multiple of {section}.{small[0]} ({small[1]})")
+        raise ValueError(
+            f"{section}.{large[0]} ({large[1]}) must be a multiple of {section}.{small[0]} ({small[1]})"
+        )
 
 
 class SFTConfig(TrainingSection):
@@ -215,7 +217,9 @@ class RewardConfig(TrainingSection):
 
     @model_validator(mode="after")
     def check_batch_sizes(self) -> Self:
-        _check_multiple("reward", ("batch_size", self.batch_size), ("micro_batch_size", self.micro_batch_size))
+        _check_multiple(
+            "reward", ("batch_size", self.batch_size), ("micro_batch_size", self.micro_batch_size)
+        )
         return self
 
 
@@ -234,7 +238,6 @@ class PPOConfig(TrainingSection):
     gae_lambda: float = Field(ge=0.0, le=1.0)
     cliprange: float = Field(gt=0.0, lt=1.0)
     cliprange_value: PositiveFloat
-    vf_coef: PositiveFloat
     missing_eos_penalty: NonNegativeFloat
     checkpoint_every: PositiveInt
     sampling: SamplingConfig
@@ -307,7 +310,9 @@ class Params(Section):
             return self
         longest = self.data_tokens_needed()
         if longest > SCRATCH_CONTEXT:
-            raise ValueError(f"a max_length of {longest} exceeds the {SCRATCH_CONTEXT} positions of a scratch model")
+            raise ValueError(
+                f"a max_length of {longest} exceeds the {SCRATCH_CONTEXT} positions of a scratch model"
+            )
         return self
 
     def data_tokens_needed(self) -> int:
@@ -387,7 +392,9 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
             raise InputError(f"override {text!r}: must have the form section.key=value")
         if key not in known:
             near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
-            raise InputError(f"override {text!r}: unknown key {key}" + (f"; did you mean {near[0]}?" if near else ""))
+            raise InputError(
+                f"override {text!r}: unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
+            )
         values[key] = _parse_value(text, value)
     return values
 
@@ -454,7 +461,9 @@ def change_params(path: Path, values: Mapping[str, Any]) -> Params:
     buffer = io.StringIO()
     editor.dump(tree, buffer)
     text = buffer.getvalue()
-    params = parse_params(yaml.safe_load(text), f"{path} with " + ", ".join(f"{k}={v}" for k, v in values.items()))
+    params = parse_params(
+        yaml.safe_load(text), f"{path} with " + ", ".join(f"{k}={v}" for k, v in values.items())
+    )
     if text != path.read_text(encoding="utf-8"):
         write_text(path, text)
     return params

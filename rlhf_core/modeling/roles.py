@@ -1,0 +1,124 @@
+"""The models of a training run by role: adapters on one shared frozen base, or one full model each.
+
+Roles are "policy", "critic", "reward" and "reference". Both classes answer the same three questions: the hidden
+states of a role, its logits, its trainable parameters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_core.config import LoRAConfig, Params
+from rlhf_core.modeling import lora
+from rlhf_core.modeling.loading import load_policy, load_tokenizer, resolve_device, resolve_dtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+REFERENCE = "reference"
+
+
+class AdapterRoles:
+    """Every role is an adapter on one base; the reference is the base with no adapter."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: LoRAConfig
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.device = model.device
+        self._model = model
+        self._config = config
+        self._active = lora.adapt(model, config)
+
+    def add(self, role: str, *, seed: int, start: Path | None = None) -> None:
+        """Add a role; `start` is a model directory whose adapter it takes over."""
+        lora.add_adapter(self._model, role, seed)
+        if start is not None:
+            lora.load_adapter_state(self._model, role, lora.read_adapter(start / "adapter"))
+
+    @contextlib.contextmanager
+    def using(self, role: str) -> Iterator[PreTrainedModel]:
+        """The model as `role` sees it, for generation."""
+        before = self._active.name
+        self._active.name = None if role == REFERENCE else role
+        try:
+            yield self._model
+        finally:
+            self._active.name = before
+
+    def hidden(self, role: str, input_ids: Tensor) -> Tensor:
+        """Last hidden states (B, T, D) of sequences padded on the right."""
+        with self.using(role) as model:
+            return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+
+    def logits(self, role: str, hidden: Tensor) -> Tensor:
+        """(N, D) -> (N, V)."""
+        return self._model.get_output_embeddings()(hidden)
+
+    def parameters(self, role: str) -> list[nn.Parameter]:
+        layers = [layer for _, layer in lora.adapted_layers(self._model)]
+        return [p for layer in layers for p in (layer.lora_A[role], layer.lora_B[role])]
+
+    def export(self, role: str, directory: Path, task_type: str) -> PreTrainedModel:
+        """Save the adapter below `directory` and return the merged model. No role can be used afterwards."""
+        lora.save_adapter(self._model, role, self._config, directory / "adapter", task_type)
+        lora.merge_adapter(self._model, role)
+        return self._model
+
+
+class FullRoles:
+    """Every role is a model of its own; trained ones keep float32 weights and compute in `dtype`."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, params: Params) -> None:
+        self.tokenizer = tokenizer
+        self.device = resolve_device(params.run)
+        self._run = params.run
+        self._dtype = resolve_dtype(params.run, self.device)
+        self._models: dict[str, PreTrainedModel] = {}
+
+    def add(self, role: str, *, path: Path, trained: bool = True) -> None:
+        """Load a role's causal language model, or the trunk of a reward model, from `path`."""
+        dtype = torch.float32 if trained else self._dtype
+        self._models[role] = load_policy(path, self._run, dtype=dtype)[0].requires_grad_(trained)
+
+    @contextlib.contextmanager
+    def using(self, role: str) -> Iterator[PreTrainedModel]:
+        with torch.autocast(self.device.type, self._dtype, enabled=self._dtype != torch.float32):
+            yield self._models[role]
+
+    def hidden(self, role: str, input_ids: Tensor) -> Tensor:
+        with self.using(role) as model:
+            return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+
+    def logits(self, role: str, hidden: Tensor) -> Tensor:
+        with self.using(role) as model:
+            return model.get_output_embeddings()(hidden)
+
+    def parameters(self, role: str) -> list[nn.Parameter]:
+        """The trunk, and the language-model head only where it is used or shared with the embedding."""
+        model = self._models[role]
+        return list((model if role == "policy" else model.base_model).parameters())
+
+    def export(self, role: str, directory: Path, task_type: str) -> PreTrainedModel:
+        return self._models.pop(role)
+
+
+Roles = AdapterRoles | FullRoles
+
+
+def open_roles(params: Params, base: Path, *, trained: str, seed: int) -> Roles:
+    """One trained role on top of `base`, by adapters or by all weights as `model.finetuning` says."""
+    if params.model.finetuning == "full":
+        roles: Roles = FullRoles(load_tokenizer(base), params)
+        roles.add(trained, path=base)
+        return roles
+    model, tokenizer = load_policy(base, params.run)
+    roles = AdapterRoles(model, tokenizer, params.model.lora)
+    roles.add(trained, seed=seed)
+    return roles

@@ -1,0 +1,1 @@
+"""The mathematics of reinforcement learning from human feedback: pure functions on tensors, and the PPO step."""

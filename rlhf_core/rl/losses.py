@@ -1,0 +1,63 @@
+"""The losses, each a sum over what counts: the caller divides once by the count of the whole optimizer step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from rlhf_core.rl.tensor_ops import masked_sum
+
+
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, response_mask: Tensor, *, cliprange: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clipped PPO surrogate (Schulman et al. 2017, eq. 7), summed over response tokens.
+
+        L = -sum_t m_t * min(r_t * A_t, clip(r_t, 1 - eps, 1 + eps) * A_t)
+        r_t = exp(logprobs_t - old_logprobs_t)
+
+    A sum, not a mean: the caller divides by the token count of the whole optimizer step,
+    so the gradient does not depend on how the step is cut into micro-batches.
+
+    Shapes: all tensors (B, R); response_mask is bool, True on generated tokens.
+    """
+    log_ratio = (logprobs - old_logprobs).masked_fill(~response_mask, 0.0)
+    ratio = log_ratio.exp()
+    surrogate = ratio * advantages
+    clipped = ratio.clamp(1.0 - cliprange, 1.0 + cliprange) * advantages
+    loss = -masked_sum(torch.minimum(surrogate, clipped), response_mask)
+    stats = {
+        "policy/clipfrac": (clipped < surrogate).float(),
+        "policy/approx_kl": ratio - 1.0 - log_ratio,  # k3 estimator, never negative
+        "policy/ratio": ratio,
+    }
+    return loss, {name: masked_sum(x.detach(), response_mask) for name, x in stats.items()}
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, response_mask: Tensor, *, cliprange: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clipped value loss (Schulman et al. 2017, section 6.1 of the reference code), summed over response tokens.
+
+        L = 1/2 sum_t m_t * max((V_t - G_t)^2, (clip(V_t, Vold_t - eps, Vold_t + eps) - G_t)^2)
+
+    Shapes: all tensors (B, R); response_mask is bool, True on generated tokens.
+    """
+    clipped = torch.clamp(values, old_values - cliprange, old_values + cliprange)
+    error, clipped_error = (values - returns) ** 2, (clipped - returns) ** 2
+    loss = 0.5 * masked_sum(torch.maximum(error, clipped_error), response_mask)
+    stats = {"value/clipfrac": (clipped_error > error).float(), "value/error": error}
+    return loss, {name: masked_sum(x.detach(), response_mask) for name, x in stats.items()}
+
+
+def pairwise_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Bradley-Terry negative log-likelihood, -log sigmoid(s_w - s_l) (Ouyang et al. 2022, eq. 1), summed over pairs.
+
+    Shapes: (B,) each.
+    """
+    margin = chosen_scores - rejected_scores
+    return -logsigmoid(margin).sum(), {
+        "train/accuracy": (margin.detach() > 0).sum(),
+        "train/margin": margin.detach().sum(),
+    }

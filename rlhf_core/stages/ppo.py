@@ -1,0 +1,260 @@
+"""Stage `ppo`: optimise the SFT policy against the reward model, with a KL price to the frozen SFT reference."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_core.checkpoint import (
+    Checkpoints,
+    inputs_digest,
+    load_optimizer_tensors,
+    load_parameter_tensors,
+    optimizer_tensors,
+    parameter_tensors,
+)
+from rlhf_core.config import Params, PPOConfig
+from rlhf_core.data.rows import read_rows
+from rlhf_core.errors import InputError
+from rlhf_core.labelers import Labeler, make_labeler
+from rlhf_core.layout import Layout
+from rlhf_core.modeling.loading import load_policy, load_tokenizer, read_provenance
+from rlhf_core.modeling.reward import load_head, load_normalisation, scorer_of_role
+from rlhf_core.modeling.roles import REFERENCE, AdapterRoles, FullRoles, Roles
+from rlhf_core.rl.ppo import Actors, Rollout, collect, rollout_metrics, update
+from rlhf_core.stages.sft import save_causal_model
+from rlhf_core.tracking import Tracker
+from rlhf_core.training import restore_history, step_rows
+
+
+def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
+    config = params.ppo
+    prompt_file = layout.prepared_file("prompts", "train")
+    prompts = [row["messages"] for row in read_rows(prompt_file)]
+    if len(prompts) < config.prompts_per_update:
+        raise InputError(
+            f"{prompt_file}: {len(prompts)} prompts are fewer than the {config.prompts_per_update} of one update "
+            "(ppo.rollout_batch_size / ppo.samples_per_prompt)"
+        )
+    tracker.dataset("prompts", prompt_file, "training")
+    actors = open_actors(params, layout)
+    gold = make_labeler(params.evaluate.gold, params.evaluate.gold_target, params.run)
+    origin = {
+        "params": params.model_dump(mode="json", include={"run", "model", "ppo"}),
+        "inputs": inputs_digest([layout.model("sft"), layout.model("reward"), prompt_file]),
+    }
+    checkpoints = Checkpoints(layout.run_dir("ppo") / "checkpoints", origin)
+    training = Training(actors, params, prompts, gold, checkpoints, tracker)
+    metrics = training.run()
+    save_causal_model(actors.roles, layout.model("policy"), params, read_provenance(layout.model("sft")))
+    checkpoints.clear()
+    return metrics
+
+
+def open_actors(params: Params, layout: Layout) -> Actors:
+    """Actor and reference start from SFT, critic and reward model from the reward model."""
+    sft, reward = layout.model("sft"), layout.model("reward")
+    roles: Roles
+    if params.model.finetuning == "full":
+        roles = FullRoles(load_tokenizer(sft), params)
+        roles.add("policy", path=sft)
+        roles.add(REFERENCE, path=sft, trained=False)
+        roles.add("critic", path=reward)
+        roles.add("reward", path=reward, trained=False)
+    else:
+        model, tokenizer = load_policy(sft, params.run)
+        roles = AdapterRoles(model, tokenizer, params.model.lora)
+        roles.add("policy", seed=params.run.seed)
+        roles.add("critic", seed=0, start=reward)
+        roles.add("reward", seed=0, start=reward)
+    with roles.using("policy") as model:
+        head = load_head(reward, model.config.hidden_size).to(roles.device)
+    normalisation = load_normalisation(reward)
+    scorer = scorer_of_role(roles, copy.deepcopy(head), normalisation, load_tokenizer(reward))
+    normalisation.fold_into(head)
+    return Actors(roles, head, scorer)
+
+
+@dataclass
+class Snapshot:
+    """The policy of the last rollout whose KL was within the budget."""
+
+    update: int
+    parameters: list[Tensor]
+
+
+class Training:
+    """The state of a PPO run: models, optimizers, position, and the newest policy within the KL budget."""
+
+    def __init__(
+        self,
+        actors: Actors,
+        params: Params,
+        prompts: Sequence[list[dict[str, str]]],
+        gold: Labeler,
+        checkpoints: Checkpoints,
+        tracker: Tracker,
+    ) -> None:
+        self.actors, self.config, self.seed = actors, params.ppo, params.run.seed
+        self.prompts, self.gold = prompts, gold
+        self.checkpoints, self.tracker = checkpoints, tracker
+        config = params.ppo
+        self.policy_optimizer = make_optimizer(actors.policy_parameters(), config.learning_rate)
+        self.critic_optimizer = make_optimizer(actors.critic_parameters(), config.critic_learning_rate)
+        self.snapshot: Snapshot | None = None
+        self.seconds: dict[str, float] = {}
+
+    def run(self) -> dict[str, float]:
+        """Alternate rollouts and updates; the last rollout only measures what training ends with."""
+        config = self.config
+        first = {}
+        for number in range(self.resume(), config.num_updates + 1):
+            rollout = self.timed("rollout", lambda n=number: self.rollout(n))
+            metrics = rollout_metrics(rollout, config) | self.gold_metrics(rollout)
+            over_budget = metrics["objective/kl"] > config.kl_budget
+            if over_budget or number == config.num_updates:
+                self.tracker.log(metrics, number)
+                break
+            self.snapshot = Snapshot(number, [p.detach().clone() for p in self.actors.policy_parameters()])
+            self.set_learning_rates(number)
+            metrics |= self.timed("update", lambda n=number, r=rollout: self.update(n, r))
+            self.report(number, rollout, metrics)
+            if (number + 1) % config.checkpoint_every == 0 and number + 1 < config.num_updates:
+                self.save(number + 1)
+        if over_budget and self.snapshot is not None:
+            load_parameter_tensors(
+                self.actors.policy_parameters(),
+                "p",
+                {f"p.{i}": p for i, p in enumerate(self.snapshot.parameters)},
+            )
+        first = self.tracker.history[0]
+        last = self.tracker.history[-2 if over_budget else -1]
+        self.log_speed(number)
+        return final_metrics(first, last, number, over_budget, config)
+
+    def rollout(self, number: int) -> Rollout:
+        rows = step_rows(len(self.prompts), self.config.prompts_per_update, number, self.seed)
+        if len(rows) < self.config.prompts_per_update:  # the tail of an epoch: filled up from its start
+            rows += step_rows(len(self.prompts), self.config.prompts_per_update - len(rows), 0, self.seed + 1)
+        return collect(self.actors, [self.prompts[i] for i in rows], self.config, self.stream_seed(number))
+
+    def update(self, number: int, rollout: Rollout) -> dict[str, float]:
+        seed = self.stream_seed(number)
+        return update(self.actors, self.policy_optimizer, self.critic_optimizer, rollout, self.config, seed)
+
+    def stream_seed(self, number: int) -> int:
+        """Of the random numbers of one update: a function of the seeds and the update, so a resume needs no state."""
+        return (self.config.sampling.seed * 1_000_003 + self.seed) * 1_000_003 + number
+
+    def set_learning_rates(self, number: int) -> None:
+        factor = learning_rate_factor(number, self.config)
+        pairs = (
+            (self.policy_optimizer, self.config.learning_rate),
+            (self.critic_optimizer, self.config.critic_learning_rate),
+        )
+        for optimizer, rate in pairs:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * factor
+
+    def gold_metrics(self, rollout: Rollout) -> dict[str, float]:
+        """The judge of the evaluation, only watched here: proxy up and gold down is over-optimisation."""
+        prompts = [messages[-1]["content"] for messages in rollout.conversations]
+        scores = self.gold.score(prompts, [answer.text for answer in rollout.answers])
+        return {"objective/gold": sum(scores) / len(scores)}
+
+    def report(self, number: int, rollout: Rollout, metrics: dict[str, float]) -> None:
+        self.tracker.log(
+            metrics | {"policy/learning_rate": self.policy_optimizer.param_groups[0]["lr"]}, number
+        )
+        note = f"score {metrics['objective/scores']:.2f} kl {metrics['objective/kl']:.1f}"
+        self.tracker.progress(number + 1, self.config.num_updates, note)
+        samples = [
+            {
+                "update": number,
+                "prompt": messages[-1]["content"],
+                "response": answer.text,
+                "score": round(score, 3),
+            }
+            for messages, answer, score in zip(
+                rollout.conversations[:8], rollout.answers[:8], rollout.scores.tolist()[:8], strict=True
+            )
+        ]
+        self.tracker.table("rollout_samples", samples)
+
+    def timed(self, phase: str, work):
+        started = time.monotonic()
+        result = work()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - started
+        return result
+
+    def log_speed(self, updates: int) -> None:
+        tokens = sum(row["rollout/tokens"] for row in self.tracker.history)
+        perf = {f"perf/{phase}_seconds": seconds for phase, seconds in self.seconds.items()}
+        perf["perf/response_tokens_per_second"] = tokens / max(1e-9, sum(self.seconds.values()))
+        self.tracker.log_perf(perf)
+
+    def save(self, number: int) -> None:
+        assert self.snapshot is not None
+        tensors = (
+            parameter_tensors(self.actors.policy_parameters(), "policy")
+            | parameter_tensors(self.actors.critic_parameters(), "critic")
+            | optimizer_tensors(self.policy_optimizer, "policy_optimizer")
+            | optimizer_tensors(self.critic_optimizer, "critic_optimizer")
+            | {f"snapshot.{i}": p for i, p in enumerate(self.snapshot.parameters)}
+        )
+        state = {"next": number, "history": self.tracker.history, "snapshot_update": self.snapshot.update}
+        self.checkpoints.save(number, tensors, state)
+
+    def resume(self) -> int:
+        """Take up the newest checkpoint; the number of the update to go on with."""
+        checkpoint = self.checkpoints.load_latest()
+        if checkpoint is None:
+            return 0
+        tensors = checkpoint.tensors
+        load_parameter_tensors(self.actors.policy_parameters(), "policy", tensors)
+        load_parameter_tensors(self.actors.critic_parameters(), "critic", tensors)
+        load_optimizer_tensors(self.policy_optimizer, "policy_optimizer", tensors)
+        load_optimizer_tensors(self.critic_optimizer, "critic_optimizer", tensors)
+        device = self.actors.roles.device
+        count = len(self.actors.policy_parameters())
+        kept = [tensors[f"snapshot.{i}"].to(device) for i in range(count)]
+        self.snapshot = Snapshot(checkpoint.state["snapshot_update"], kept)
+        restore_history(self.tracker, checkpoint.state["history"])
+        return int(checkpoint.state["next"])
+
+
+def make_optimizer(parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+    """Adam with the epsilon of the PPO reproductions, 1e-5 (Huang et al. 2024)."""
+    return torch.optim.AdamW(parameters, lr=learning_rate, eps=1e-5, weight_decay=0.0)
+
+
+def learning_rate_factor(number: int, config: PPOConfig) -> float:
+    """Linear warm-up over `warmup_updates`, then linear to 0 at the end."""
+    if number < config.warmup_updates:
+        return (number + 1) / (config.warmup_updates + 1)
+    return 1.0 - (number - config.warmup_updates) / max(1, config.num_updates - config.warmup_updates)
+
+
+def final_metrics(
+    first: dict[str, float], last: dict[str, float], updates: int, over_budget: bool, config: PPOConfig
+) -> dict[str, float]:
+    """Before and after; with a KL over the budget, `last` is the rollout of the policy that is kept."""
+    return {
+        "ppo/num_updates": updates,
+        "ppo/stopped_by_kl_budget": int(over_budget),
+        "ppo/num_episodes": updates * config.rollout_batch_size,
+        "ppo/score_before": first["objective/scores"],
+        "ppo/score": last["objective/scores"],
+        "ppo/gold_before": first["objective/gold"],
+        "ppo/gold": last["objective/gold"],
+        "ppo/kl": last["objective/kl"],
+        "ppo/kl_budget": config.kl_budget,
+        "ppo/response_length_before": first["rollout/response_length"],
+        "ppo/response_length": last["rollout/response_length"],
+        "ppo/eos_rate": last["rollout/eos_rate"],
+    }

@@ -1,0 +1,211 @@
+"""Stage `preferences`: the SFT model answers, a labeler scores, pairs are made and merged with human pairs."""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+from rlhf_core.atomic import staged_dir
+from rlhf_core.config import Params, PreferencesConfig
+from rlhf_core.data.rows import read_rows, write_rows
+from rlhf_core.errors import InputError
+from rlhf_core.generation import Generation, generate
+from rlhf_core.labelers import make_labeler
+from rlhf_core.layout import Layout
+from rlhf_core.modeling.loading import load_policy
+from rlhf_core.tracking import Tracker
+
+Row = dict[str, Any]
+SPLITS = ("train", "eval")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt; `chosen` is the one with the higher score."""
+
+    chosen: str
+    rejected: str
+    chosen_score: float
+    rejected_score: float
+
+    @property
+    def gap(self) -> float:
+        return self.chosen_score - self.rejected_score
+
+
+def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
+    config = params.preferences
+    prompts = {split: _choose_prompts(params, layout, split) for split in SPLITS}
+    for split, context in (("train", "training"), ("eval", "evaluation")):
+        tracker.dataset("prompts", layout.prepared_file("prompts", split), context)
+    everything = [row for split in SPLITS for row in prompts[split]]
+    # Made before the answers are: a labeler that cannot work should not cost a generation.
+    labeler = make_labeler(config.labeler, config.labeler_target, params.run)
+    answers = _answer(params, layout, everything, tracker)
+    flat = [answer for group in answers for answer in group]
+    asked = [row["prompt"] for row, group in zip(everything, answers, strict=True) for _ in group]
+    scores = iter(labeler.score(asked, [answer.text for answer in flat]))
+    scored = [[(answer.text, next(scores)) for answer in group] for group in answers]
+
+    source = f"ai:{config.labeler}"
+    metrics: dict[str, float] = {}
+    outputs: dict[str, list[Row]] = {}
+    cut = len(prompts["train"])
+    for split, groups in (("train", scored[:cut]), ("eval", scored[cut:])):
+        rows, counts = label(prompts[split], groups, config, source)
+        flip_labels(rows, config.label_noise, random.Random(f"{params.run.seed} {split}"))
+        human = human_rows(read_rows(layout.prepared_file("preferences", split)), config.max_human_pairs)
+        outputs[split] = rows + human
+        metrics |= _split_metrics(split, len(prompts[split]), rows, human, counts)
+        if not outputs[split]:
+            raise InputError(
+                f"preferences: no {split} pair: no two answers to one prompt differ by "
+                f"preferences.min_margin = {config.min_margin}, and there are no human pairs"
+            )
+    with staged_dir(layout.preferences) as out:
+        for split in SPLITS:
+            write_rows(out / f"{split}.parquet", outputs[split], "preferences")
+    tracker.table("preference_samples", _sample_table(outputs["train"]))
+    return metrics | _answer_metrics(flat, scored)
+
+
+def _choose_prompts(params: Params, layout: Layout, split: str) -> list[Row]:
+    """As many prompts of the split as asked for, or all; chosen by seed. Raises InputError when there is none."""
+    path = layout.prepared_file("prompts", split)
+    rows = read_rows(path)
+    if not rows:
+        raise InputError(f"{path}: no {split} prompts; the preferences stage needs at least one")
+    config = params.preferences
+    wanted = config.num_prompts if split == "train" else config.num_eval_prompts
+    return random.Random(f"{params.run.seed} {split}").sample(rows, min(wanted, len(rows)))
+
+
+def _answer(
+    params: Params, layout: Layout, prompts: Sequence[Row], tracker: Tracker
+) -> list[list[Generation]]:
+    config = params.preferences
+    model, tokenizer = load_policy(layout.model("sft"), params.run)
+    answers = generate(
+        model,
+        tokenizer,
+        [row["messages"] for row in prompts],
+        config.sampling,
+        samples_per_prompt=config.responses_per_prompt,
+        batch_size=config.batch_size,
+        on_progress=lambda done, total: tracker.progress(done, total, "prompts answered"),
+    )
+    del model
+    gc.collect()  # a judge may need the memory
+    return answers
+
+
+def label(
+    prompts: Sequence[Row],
+    scored: Sequence[Sequence[tuple[str, float]]],
+    config: PreferencesConfig,
+    source: str,
+) -> tuple[list[Row], Counter[str]]:
+    """Rows of the pairs kept for each prompt, and counts of what was not: ties, blank answers, spare pairs."""
+    rows: list[Row] = []
+    counts: Counter[str] = Counter()
+    for prompt, answers in zip(prompts, scored, strict=True):
+        counts["blank_answers"] += sum(not text for text, _ in answers)
+        pairs = all_pairs(answers)
+        clear = [pair for pair in pairs if pair.gap >= config.min_margin and pair.gap > 0]
+        kept = clear[: config.pairs_per_prompt]
+        counts["ties"] += len(pairs) - len(clear)
+        counts["spare"] += len(clear) - len(kept)
+        rows += [_row(prompt, pair, source) for pair in kept]
+    return rows, counts
+
+
+def all_pairs(answers: Sequence[tuple[str, float]]) -> list[Pair]:
+    """Every pair of distinct answers that are not blank, the widest gap first; equal gaps in the order sampled."""
+    distinct = dict((text, score) for text, score in reversed(answers) if text)
+    ordered = list(reversed(distinct.items()))
+    pairs = []
+    for first, second in combinations(ordered, 2):
+        (chosen, high), (rejected, low) = (first, second) if first[1] >= second[1] else (second, first)
+        pairs.append(Pair(chosen, rejected, high, low))
+    return sorted(pairs, key=lambda pair: -pair.gap)
+
+
+def _row(prompt: Row, pair: Pair, source: str) -> Row:
+    return {
+        "prompt": prompt["prompt"],
+        "messages": prompt["messages"],
+        "chosen": pair.chosen,
+        "rejected": pair.rejected,
+        "margin": pair.gap,
+        "chosen_score": pair.chosen_score,
+        "rejected_score": pair.rejected_score,
+        "source": source,
+        "row": prompt["row"],
+    }
+
+
+def flip_labels(rows: Sequence[Row], share: float, rng: random.Random) -> None:
+    """Swap the answers of `share` of the rows, as a labeler that errs would; margin stays what it claims."""
+    for i in rng.sample(range(len(rows)), round(share * len(rows))):
+        row = rows[i]
+        row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+        row["chosen_score"], row["rejected_score"] = row["rejected_score"], row["chosen_score"]
+
+
+def human_rows(rows: Sequence[Row], most: int) -> list[Row]:
+    """At most `most` human pairs, the highest margin first, then those without one."""
+
+    def key(row: Row) -> float:
+        margin = row["margin"]
+        return math.inf if margin is None or math.isnan(margin) else -margin
+
+    chosen = sorted(rows, key=key)[:most]
+    return [
+        row | {"source": f"human:{row['source']}", "chosen_score": math.nan, "rejected_score": math.nan}
+        for row in chosen
+    ]
+
+
+def _split_metrics(
+    split: str, num_prompts: int, ai: Sequence[Row], human: Sequence[Row], counts: Counter[str]
+) -> dict[str, float]:
+    rows = [*ai, *human]
+    longer = [len(row["chosen"]) > len(row["rejected"]) for row in rows]
+    margins = [row["margin"] for row in ai]
+    return {
+        f"preferences/num_prompts_{split}": num_prompts,
+        f"preferences/num_pairs_{split}": len(rows),
+        f"preferences/num_ai_pairs_{split}": len(ai),
+        f"preferences/num_human_pairs_{split}": len(human),
+        f"preferences/num_flipped_{split}": sum(row["chosen_score"] < row["rejected_score"] for row in ai),
+        f"preferences/num_ties_{split}": counts["ties"],
+        f"preferences/num_spare_{split}": counts["spare"],
+        f"preferences/num_blank_answers_{split}": counts["blank_answers"],
+        f"preferences/margin_{split}": sum(margins) / len(margins) if margins else math.nan,
+        f"preferences/longer_chosen_{split}": sum(longer) / len(longer) if longer else math.nan,
+    }
+
+
+def _answer_metrics(
+    answers: Sequence[Generation], scored: Sequence[Sequence[tuple[str, float]]]
+) -> dict[str, float]:
+    scores = [score for group in scored for _, score in group]
+    return {
+        "preferences/num_answers": len(answers),
+        "preferences/score": sum(scores) / len(scores),
+        "preferences/eos_rate": sum(answer.finished for answer in answers) / len(answers),
+        "preferences/response_length": sum(len(answer.token_ids) for answer in answers) / len(answers),
+    }
+
+
+def _sample_table(rows: Sequence[Row], most: int = 12) -> list[Row]:
+    """Rows spread evenly over the file, so that human pairs are seen too."""
+    step = max(1, len(rows) // most)
+    names = ("prompt", "chosen", "rejected", "margin", "source")
+    return [{name: row[name] for name in names} for row in rows[::step][:most]]

@@ -1,0 +1,216 @@
+"""Stage `reward`: a pairwise reward model (Bradley-Terry) from the SFT model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rlhf_core.atomic import staged_dir
+from rlhf_core.checkpoint import Checkpoints, inputs_digest
+from rlhf_core.config import Params, RewardConfig
+from rlhf_core.data.rows import read_rows
+from rlhf_core.errors import InputError
+from rlhf_core.layout import Layout
+from rlhf_core.modeling.encoding import encode_prompt, encode_response, make_batch
+from rlhf_core.modeling.loading import read_provenance, write_provenance
+from rlhf_core.modeling.reward import Normalisation, ScalarHead, last_response_hidden, save_reward_model
+from rlhf_core.modeling.roles import Roles, open_roles
+from rlhf_core.rl.losses import pairwise_loss
+from rlhf_core.tracking import Tracker
+from rlhf_core.training import Schedule, in_micro_batches, train
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROLE = "reward"
+
+
+@dataclass(frozen=True)
+class Pair:
+    prompt: list[int]
+    chosen: list[int]  # ends with EOS
+    rejected: list[int]  # ends with EOS
+    group: str  # pairs of one prompt are not independent
+    source: str  # "human:..." or "ai:..."
+
+    def __len__(self) -> int:
+        """Tokens of the longer side."""
+        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+
+
+class PairwiseTask:
+    """-log sigmoid(score of chosen - score of rejected), summed over pairs."""
+
+    def __init__(
+        self, roles: Roles, head: ScalarHead, eval_rows: Sequence[Pair], micro_batch_size: int
+    ) -> None:
+        self.roles, self.head = roles, head
+        self.eval_rows = eval_rows
+        self.micro_batch_size = micro_batch_size
+
+    def length(self, row: Pair) -> int:
+        return len(row)
+
+    def weight(self, rows: Sequence[Pair]) -> float:
+        return float(len(rows))
+
+    def loss(self, rows: Sequence[Pair]) -> tuple[Tensor, dict[str, Tensor]]:
+        return pairwise_loss(*self.scores(rows))
+
+    def scores(self, rows: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+        """Raw scores of the chosen and the rejected responses, (B,) each."""
+        batch = make_batch(
+            [r.prompt for r in rows] * 2,
+            [r.chosen for r in rows] + [r.rejected for r in rows],
+            self.roles.tokenizer.pad_token_id,
+            self.roles.device,
+        )
+        scores = self.head(last_response_hidden(self.roles.hidden(ROLE, batch.input_ids), batch))
+        chosen, rejected = scores.chunk(2)
+        return chosen, rejected
+
+    @torch.no_grad()
+    def all_scores(self, rows: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+        """Raw scores in the order of `rows`."""
+        index = {id(row): i for i, row in enumerate(rows)}
+        chosen, rejected = torch.zeros(len(rows)), torch.zeros(len(rows))
+        for part in in_micro_batches(rows, self.micro_batch_size, len):
+            where = [index[id(row)] for row in part]
+            a, b = self.scores(part)
+            chosen[where], rejected[where] = a.cpu(), b.cpu()
+        return chosen, rejected
+
+    def evaluate(self) -> dict[str, float]:
+        loss, stats = pairwise_loss(*self.all_scores(self.eval_rows))
+        count = len(self.eval_rows)
+        return {
+            "eval/loss": float(loss) / count,
+            "eval/accuracy": float(stats["train/accuracy"]) / count,
+            "eval/margin": float(stats["train/margin"]) / count,
+        }
+
+
+def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
+    config = params.reward
+    files = {split: layout.preferences / f"{split}.parquet" for split in ("train", "eval")}
+    roles = open_roles(params, layout.model("sft"), trained=ROLE, seed=params.run.seed)
+    train_rows, too_long = encode_pairs(roles.tokenizer, files["train"], config.max_length)
+    eval_rows, _ = encode_pairs(roles.tokenizer, files["eval"], config.max_length)
+    for split, file in files.items():
+        tracker.dataset("preferences", file, "training" if split == "train" else "evaluation")
+
+    with roles.using(ROLE) as model:
+        head = ScalarHead(model.config.hidden_size, seed=params.run.seed).to(roles.device)
+    task = PairwiseTask(roles, head, eval_rows, config.micro_batch_size)
+    origin = {
+        "params": params.model_dump(mode="json", include={"run", "model", "reward"}),
+        "inputs": inputs_digest([layout.model("sft"), *files.values()]),
+    }
+    checkpoints = Checkpoints(layout.run_dir("reward") / "checkpoints", origin)
+    parameters = [*roles.parameters(ROLE), *head.parameters()]
+    schedule = make_schedule(config, len(train_rows))
+    train(task, train_rows, parameters, schedule, checkpoints, tracker, seed=params.run.seed)
+    metrics = evaluate_reward_model(task, eval_rows, params, tracker)
+    normalisation = fit_normalisation(task, train_rows)
+    _save(roles, head, normalisation, params, layout)
+    checkpoints.clear()
+    return {
+        "reward/num_train_pairs": len(train_rows),
+        "reward/num_too_long": too_long,
+        "reward/score_mean": normalisation.mean,
+        "reward/score_std": normalisation.std,
+        **metrics,
+    }
+
+
+def make_schedule(config: RewardConfig, num_rows: int) -> Schedule:
+    return Schedule(
+        num_steps=config.num_epochs * math.ceil(num_rows / config.batch_size),
+        batch_size=config.batch_size,
+        micro_batch_size=config.micro_batch_size,
+        learning_rate=config.learning_rate,
+        warmup_fraction=config.warmup_fraction,
+        max_grad_norm=config.max_grad_norm,
+        eval_every=config.eval_every,
+    )
+
+
+def encode_pairs(tokenizer: PreTrainedTokenizerBase, path: Path, max_length: int) -> tuple[list[Pair], int]:
+    """The pairs of `path` that fit, and how many did not. Raises InputError when none fits."""
+    rows = read_rows(path)
+    pairs = [
+        Pair(
+            prompt=encode_prompt(tokenizer, row["messages"]),
+            chosen=encode_response(tokenizer, row["chosen"]),
+            rejected=encode_response(tokenizer, row["rejected"]),
+            group=row["prompt"],
+            source=row["source"],
+        )
+        for row in rows
+    ]
+    fitting = [pair for pair in pairs if len(pair) <= max_length]
+    if not fitting:
+        raise InputError(
+            f"{path}: none of {len(rows)} pairs fits into reward.max_length = {max_length} tokens"
+        )
+    return fitting, len(pairs) - len(fitting)
+
+
+def fit_normalisation(task: PairwiseTask, rows: Sequence[Pair]) -> Normalisation:
+    """Mean and standard deviation of the raw scores on answers of the SFT model, which is PPO's reference.
+
+    Human pairs hold no such answers; they are used only where there is nothing else.
+    """
+    own = [row for row in rows if row.source.startswith("ai:")] or list(rows)
+    scores = torch.cat(task.all_scores(own)).double()
+    return Normalisation(mean=scores.mean().item(), std=max(scores.std(unbiased=False).item(), 1e-6))
+
+
+def evaluate_reward_model(
+    task: PairwiseTask, rows: Sequence[Pair], params: Params, tracker: Tracker
+) -> dict[str, float]:
+    """Accuracy on held-out pairs with its interval, beside what the answers' length alone can tell."""
+    from rlhf_core.evaluation.statistics import accuracy_with_interval, length_baseline_accuracy
+
+    chosen, rejected = task.all_scores(rows)
+    correct = (chosen > rejected).tolist()
+    confidence, seed = params.reward.confidence, params.run.seed
+    interval = accuracy_with_interval(correct, [row.group for row in rows], confidence=confidence, seed=seed)
+    metrics = {
+        "reward/num_eval_pairs": len(rows),
+        "reward/accuracy": interval.estimate,
+        "reward/accuracy_low": interval.low,
+        "reward/accuracy_high": interval.high,
+        "reward/length_baseline_accuracy": length_baseline_accuracy(
+            [len(row.chosen) for row in rows], [len(row.rejected) for row in rows]
+        ),
+        "reward/loss": task.evaluate()["eval/loss"],
+        "reward/margin": float((chosen - rejected).mean()),
+    }
+    for kind in ("ai", "human"):
+        own = [c for c, row in zip(correct, rows, strict=True) if row.source.startswith(f"{kind}:")]
+        if own:
+            metrics[f"reward/accuracy_{kind}"] = sum(own) / len(own)
+            metrics[f"reward/num_eval_pairs_{kind}"] = len(own)
+    return metrics
+
+
+def _save(
+    roles: Roles, head: ScalarHead, normalisation: Normalisation, params: Params, layout: Layout
+) -> None:
+    with staged_dir(layout.model("reward")) as out:
+        trunk = roles.export(ROLE, out, "SEQ_CLS")
+        save_reward_model(trunk, head, normalisation, out, getattr(torch, params.model.save_dtype))
+        roles.tokenizer.save_pretrained(out)
+        facts = {
+            "stage": "reward",
+            "finetuning": params.model.finetuning,
+            "base": read_provenance(layout.model("sft")),
+        }
+        write_provenance(out, facts)

@@ -1,0 +1,167 @@
+"""The loop that pre-training, SFT and reward-model training share: seeded order, exact resume, one denominator a step.
+
+What differs between them is a `Task`: how a batch of rows becomes a summed loss, and how to evaluate.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_core.checkpoint import (
+    Checkpoints,
+    load_optimizer_tensors,
+    load_parameter_tensors,
+    optimizer_tensors,
+    parameter_tensors,
+)
+from rlhf_core.tracking import Tracker
+
+CHECKPOINT_SECONDS = 60.0
+
+
+class Task(Protocol):
+    """A supervised objective over rows."""
+
+    def length(self, row: Any) -> int:
+        """Tokens of a row; rows of similar length share a micro-batch."""
+
+    def weight(self, rows: Sequence[Any]) -> float:
+        """What a step's summed loss is divided by: target tokens, or pairs."""
+
+    def loss(self, rows: Sequence[Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Summed loss of a micro-batch, and summed metrics (without gradient)."""
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics on held-out rows."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Optimizer steps, batch sizes and the learning rate's path: linear warm-up, then a cosine to 0."""
+
+    num_steps: int
+    batch_size: int
+    micro_batch_size: int
+    learning_rate: float
+    warmup_fraction: float
+    max_grad_norm: float
+    eval_every: int
+
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of step `step`, counted from 0."""
+        warmup = round(self.warmup_fraction * self.num_steps)
+        if step < warmup:
+            return self.learning_rate * (step + 1) / warmup
+        progress = (step - warmup) / max(1, self.num_steps - warmup)
+        return self.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def step_rows(num_rows: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """Rows of a step: a fresh permutation each epoch, from the seed and the epoch alone.
+
+    The last batch of an epoch may be smaller; no row is left out or seen twice in an epoch.
+    """
+    per_epoch = math.ceil(num_rows / batch_size)
+    epoch, position = divmod(step, per_epoch)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(num_rows, generator=generator).tolist()
+    return order[position * batch_size : (position + 1) * batch_size]
+
+
+def train(
+    task: Task,
+    rows: Sequence[Any],
+    parameters: list[nn.Parameter],
+    schedule: Schedule,
+    checkpoints: Checkpoints,
+    tracker: Tracker,
+    *,
+    seed: int,
+) -> None:
+    """Train `parameters` on `rows` for `schedule.num_steps`; goes on from the newest checkpoint of the same run."""
+    optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=0.0)
+    first = _resume(optimizer, parameters, checkpoints, tracker)
+    last_saved = started = time.monotonic()
+    tokens = 0
+    for step in range(first, schedule.num_steps):
+        batch = [rows[i] for i in step_rows(len(rows), schedule.batch_size, step, seed)]
+        metrics = train_step(task, batch, parameters, optimizer, schedule, step)
+        if step == 0 or (step + 1) % schedule.eval_every == 0 or step + 1 == schedule.num_steps:
+            metrics |= task.evaluate()
+        tracker.log(metrics, step + 1)
+        tokens += sum(map(task.length, batch))
+        tracker.progress(step + 1, schedule.num_steps, f"loss {metrics['train/loss']:.3f}")
+        if time.monotonic() - last_saved > CHECKPOINT_SECONDS and step + 1 < schedule.num_steps:
+            _save(step + 1, optimizer, parameters, checkpoints, tracker)
+            last_saved = time.monotonic()
+    tracker.log_perf({"perf/tokens_per_second": tokens / max(1e-9, time.monotonic() - started)})
+
+
+def train_step(
+    task: Task,
+    batch: Sequence[Any],
+    parameters: Sequence[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    step: int,
+) -> dict[str, float]:
+    """One optimizer step over `batch`, a micro-batch at a time, divided once by the weight of the whole batch."""
+    weight = task.weight(batch)
+    sums: list[Mapping[str, Tensor]] = []
+    ordered = sorted(batch, key=task.length)
+    for start in range(0, len(ordered), schedule.micro_batch_size):
+        loss, stats = task.loss(ordered[start : start + schedule.micro_batch_size])
+        (loss / weight).backward()
+        sums.append(stats | {"train/loss": loss.detach()})
+    learning_rate = schedule.learning_rate_at(step)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    grad_norm = nn.utils.clip_grad_norm_(parameters, schedule.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    metrics = {name: float(sum(s[name] for s in sums)) / weight for name in sums[0]}
+    return metrics | {"train/grad_norm": float(grad_norm), "train/learning_rate": learning_rate}
+
+
+def _save(
+    step: int,
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[nn.Parameter],
+    to: Checkpoints,
+    tracker: Tracker,
+) -> None:
+    tensors = parameter_tensors(parameters, "parameter") | optimizer_tensors(optimizer, "optimizer")
+    to.save(step, tensors, {"step": step, "history": tracker.history})
+
+
+def _resume(
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[nn.Parameter],
+    checkpoints: Checkpoints,
+    tracker: Tracker,
+) -> int:
+    checkpoint = checkpoints.load_latest()
+    if checkpoint is None:
+        return 0
+    load_parameter_tensors(parameters, "parameter", checkpoint.tensors)
+    load_optimizer_tensors(optimizer, "optimizer", checkpoint.tensors)
+    restore_history(tracker, checkpoint.state["history"])
+    return int(checkpoint.state["step"])
+
+
+def restore_history(tracker: Tracker, history: Sequence[Mapping[str, float]]) -> None:
+    for row in history:
+        tracker.log({name: value for name, value in row.items() if name != "step"}, int(row["step"]))
+
+
+def in_micro_batches(rows: Sequence[Any], size: int, length: Callable[[Any], int]) -> list[list[Any]]:
+    """Rows cut into micro-batches of similar length."""
+    ordered = sorted(rows, key=length)
+    return [ordered[i : i + size] for i in range(0, len(ordered), size)]

@@ -1,0 +1,50 @@
+"""Shared fixtures: tiny models that need no network and no package."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("DO_NOT_TRACK", "1")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("DVC_NO_ANALYTICS", "1")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+TEXTS = [
+    "hello there, how are you doing today?",
+    "i like long walks and good books, what about you?",
+    "that is great! i love the sea and the sun.",
+    "no, i do not like rain, it is sad and bad.",
+] * 8
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The project's own directory."""
+    return ROOT
+
+
+@pytest.fixture
+def params():
+    """The shipped params.yaml."""
+    from rlhf_core.config import load_params
+
+    return load_params(ROOT / "params.yaml")
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama of some 60 thousand parameters with a tokenizer and chat template."""
+    from rlhf_core.config import ScratchConfig
+    from rlhf_core.modeling.scratch import make_scratch_model, make_scratch_tokenizer
+
+    tokenizer = make_scratch_tokenizer(TEXTS, vocab_size=320)
+    shape = ScratchConfig(vocab_size=320, hidden_size=32, num_layers=2, num_heads=2)
+    directory = tmp_path_factory.mktemp("tiny")
+    make_scratch_model(tokenizer, shape, seed=0).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory

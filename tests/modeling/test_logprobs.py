@@ -1,0 +1,54 @@
+import pytest
+import torch
+
+from rlhf_core.config import RunConfig
+from rlhf_core.modeling.encoding import make_batch
+from rlhf_core.modeling.loading import load_policy
+from rlhf_core.modeling.logprobs import response_hidden, response_logprobs, scatter_to_mask, token_logprobs
+
+RUN = RunConfig(seed=0, device="cpu", precision="float32")
+PROMPTS = [[5, 9, 3], [8, 2, 6, 1, 4, 12, 40], [7]]
+RESPONSES = [[11, 20, 2], [30], [9, 9, 9, 9, 2]]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_dir):
+    return load_policy(tiny_model_dir, RUN)[0]
+
+
+def slow_logprobs(model, prompt, response, temperature):
+    """One token at a time, no batch, no padding, float64 softmax."""
+    found = []
+    for t, token in enumerate(response):
+        logits = model(input_ids=torch.tensor([[*prompt, *response[:t]]])).logits[0, -1].double() / temperature
+        found.append(torch.log_softmax(logits, -1)[token].item())
+    return found
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_response_logprobs_equal_the_token_by_token_definition(model, batch_size, temperature):
+    found = response_logprobs(model, PROMPTS, RESPONSES, temperature=temperature, batch_size=batch_size)
+    for prompt, response, logprobs in zip(PROMPTS, RESPONSES, found):
+        expected = torch.tensor(slow_logprobs(model, prompt, response, temperature))
+        torch.testing.assert_close(logprobs, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_response_hidden_picks_the_position_before_each_response_token():
+    batch = make_batch([[1, 1], [1]], [[5], [6, 7]], pad_token_id=0, device=torch.device("cpu"))
+    hidden = torch.arange(2 * 3, dtype=torch.float32).reshape(2, 3, 1)  # value = 3 * row + position
+    assert response_hidden(hidden, batch).flatten().tolist() == [1.0, 3.0, 4.0]
+    assert batch.input_ids.tolist() == [[1, 1, 5], [1, 6, 7]]
+    assert batch.response_mask.tolist() == [[True, False], [True, True]]
+    assert batch.num_tokens == 3
+
+
+def test_entropy_of_a_uniform_distribution_is_log_v():
+    logprobs, entropy = token_logprobs(torch.zeros(2, 8), torch.tensor([0, 7]), temperature=0.7)
+    torch.testing.assert_close(entropy, torch.full((2,), 8.0).log())
+    torch.testing.assert_close(logprobs, -torch.full((2,), 8.0).log())
+
+
+def test_scatter_to_mask_puts_values_in_row_order():
+    mask = torch.tensor([[True, False], [True, True]])
+    assert scatter_to_mask(torch.tensor([1.0, 2.0, 3.0]), mask).tolist() == [[1.0, 0.0], [2.0, 3.0]]

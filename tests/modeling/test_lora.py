@@ -1,0 +1,75 @@
+import pytest
+import torch
+
+from rlhf_core.config import LoRAConfig, RunConfig
+from rlhf_core.modeling.loading import load_policy
+from rlhf_core.modeling.lora import adapted_layers
+from rlhf_core.modeling.roles import REFERENCE, AdapterRoles
+
+RUN = RunConfig(seed=0, device="cpu", precision="float32")
+LORA = LoRAConfig(rank=4, alpha=8.0)
+IDS = torch.tensor([[5, 9, 3, 7], [8, 2, 6, 1]])
+
+
+@pytest.fixture
+def roles(tiny_model_dir):
+    model, tokenizer = load_policy(tiny_model_dir, RUN)
+    roles = AdapterRoles(model, tokenizer, LORA)
+    roles.add("policy", seed=0)
+    return roles
+
+
+def randomise(roles, role, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in roles.parameters(role):
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+def test_new_adapter_changes_nothing(roles, tiny_model_dir):
+    plain, _ = load_policy(tiny_model_dir, RUN)
+    expected = plain.base_model(input_ids=IDS).last_hidden_state
+    torch.testing.assert_close(roles.hidden("policy", IDS), expected, rtol=0, atol=0)
+
+
+def test_adapter_off_equals_the_plain_model_exactly(roles, tiny_model_dir):
+    plain, _ = load_policy(tiny_model_dir, RUN)
+    randomise(roles, "policy")
+    expected = plain.base_model(input_ids=IDS).last_hidden_state
+    torch.testing.assert_close(roles.hidden(REFERENCE, IDS), expected, rtol=0, atol=0)
+    assert not torch.allclose(roles.hidden("policy", IDS), expected)
+
+
+def test_adapters_do_not_touch_each_other(roles):
+    roles.add("critic", seed=3)
+    before = roles.hidden("critic", IDS)
+    randomise(roles, "policy")
+    torch.testing.assert_close(roles.hidden("critic", IDS), before, rtol=0, atol=0)
+
+
+def test_only_the_adapter_of_a_role_gets_gradients(roles):
+    roles.add("critic", seed=3)
+    roles.hidden("policy", IDS).sum().backward()
+    assert all(p.grad is not None for p in roles.parameters("policy"))
+    assert all(p.grad is None for p in roles.parameters("critic"))
+    with roles.using(REFERENCE) as model:
+        assert all(p.grad is None for n, p in model.named_parameters() if "lora_" not in n)
+
+
+def test_merged_model_gives_what_the_adapter_gave(roles, tmp_path):
+    randomise(roles, "policy")
+    expected = roles.hidden("policy", IDS)
+    merged = roles.export("policy", tmp_path, "CAUSAL_LM")
+    assert not list(adapted_layers(merged))
+    torch.testing.assert_close(merged.base_model(input_ids=IDS).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_saved_adapter_opens_with_peft_and_gives_the_same(roles, tiny_model_dir, tmp_path):
+    peft = pytest.importorskip("peft")
+    randomise(roles, "policy")
+    expected = roles.hidden("policy", IDS)
+    roles.export("policy", tmp_path, "CAUSAL_LM")
+    plain, _ = load_policy(tiny_model_dir, RUN)
+    other = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter")
+    found = other.base_model.model.model(input_ids=IDS).last_hidden_state
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

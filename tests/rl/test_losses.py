@@ -1,0 +1,117 @@
+import math
+
+import pytest
+import torch
+
+from rlhf_core.rl.losses import pairwise_loss, policy_loss, value_loss
+
+
+def example(rows=3, width=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logprobs, old, advantages = torch.randn(3, rows, width, generator=generator, dtype=torch.float64)
+    mask = torch.arange(width) < torch.tensor([4, 2, 1][:rows])[:, None]
+    return logprobs, old, advantages, mask
+
+
+def test_policy_loss_by_hand():
+    # ratios 1.5 and 0.5, clip range 0.2: min(1.5*2, 1.2*2) = 2.4; min(0.5*-1, 0.8*-1) = -0.8
+    logprobs = torch.tensor([[math.log(1.5), math.log(0.5)]])
+    loss, stats = policy_loss(
+        logprobs,
+        torch.zeros(1, 2),
+        torch.tensor([[2.0, -1.0]]),
+        torch.ones(1, 2, dtype=torch.bool),
+        cliprange=0.2,
+    )
+    assert loss.item() == pytest.approx(-(2.4 - 0.8))
+    assert stats["policy/clipfrac"].item() == 2.0
+    k3 = (1.5 - 1 - math.log(1.5)) + (0.5 - 1 - math.log(0.5))
+    assert stats["policy/approx_kl"].item() == pytest.approx(k3)
+
+
+def test_policy_loss_equals_its_definition_token_by_token():
+    logprobs, old, advantages, mask = example()
+    loss, _ = policy_loss(logprobs, old, advantages, mask, cliprange=0.2)
+    expected = 0.0
+    for i, t in mask.nonzero().tolist():
+        ratio = math.exp(logprobs[i, t] - old[i, t])
+        a = advantages[i, t].item()
+        expected -= min(ratio * a, max(0.8, min(1.2, ratio)) * a)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_policy_loss_before_the_first_update_has_ratio_one():
+    logprobs, _, advantages, mask = example()
+    loss, stats = policy_loss(logprobs, logprobs.clone(), advantages, mask, cliprange=0.2)
+    assert stats["policy/approx_kl"] == 0
+    assert stats["policy/clipfrac"] == 0
+    assert stats["policy/ratio"] == mask.sum()
+    torch.testing.assert_close(loss, -advantages[mask].sum())
+
+
+def test_policy_gradient_raises_good_tokens_and_not_padding():
+    logprobs, _, _, mask = example()
+    logprobs = logprobs.requires_grad_()
+    advantages = torch.ones_like(logprobs)
+    loss, _ = policy_loss(logprobs, logprobs.detach().clone(), advantages, mask, cliprange=0.2)
+    loss.backward()
+    assert (logprobs.grad[mask] < 0).all()  # a step against the gradient raises the log-probability
+    assert not logprobs.grad[~mask].any()
+
+
+def test_policy_loss_stops_pushing_outside_the_clip_range():
+    logprobs = torch.tensor([[math.log(1.5)]], requires_grad=True)
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    policy_loss(logprobs, torch.zeros(1, 1), torch.ones(1, 1), mask, cliprange=0.2)[0].backward()
+    assert logprobs.grad.item() == 0.0
+
+
+@pytest.mark.parametrize("loss", [policy_loss, value_loss])
+def test_losses_are_sums_so_the_cut_into_micro_batches_changes_nothing(loss):
+    logprobs, old, advantages, mask = example()
+    extra = (advantages,)
+    whole, stats = loss(logprobs, old, *extra, mask, cliprange=0.2)
+    parts = [loss(logprobs[i], old[i], advantages[i], mask[i], cliprange=0.2) for i in ([0], [1, 2])]
+    torch.testing.assert_close(whole, sum(part for part, _ in parts))
+    for name, value in stats.items():
+        torch.testing.assert_close(value, sum(part[name] for _, part in parts))
+
+
+@pytest.mark.parametrize("loss", [policy_loss, value_loss])
+def test_losses_ignore_what_stands_outside_the_mask(loss):
+    logprobs, old, advantages, mask = example()
+    plain, _ = loss(logprobs, old, advantages, mask, cliprange=0.2)
+    dirty = [tensor.masked_fill(~mask, 1e4) for tensor in (logprobs, old, advantages)]
+    torch.testing.assert_close(loss(*dirty, mask, cliprange=0.2)[0], plain, rtol=0, atol=0)
+
+
+def test_value_loss_by_hand():
+    # returns 1; V = 3, old 0, clip .5: clipped .5; max(4, .25) = 4. V = .6, old 0: clipped .5, max(.16, .25)
+    loss, stats = value_loss(
+        torch.tensor([[3.0, 0.6]]),
+        torch.zeros(1, 2),
+        torch.ones(1, 2),
+        torch.ones(1, 2, dtype=torch.bool),
+        cliprange=0.5,
+    )
+    assert loss.item() == pytest.approx(0.5 * (4.0 + 0.25))
+    assert stats["value/clipfrac"].item() == 1.0
+
+
+def test_pairwise_loss_by_hand_and_its_gradient():
+    chosen = torch.tensor([1.0, 0.0], requires_grad=True)
+    rejected = torch.tensor([0.0, 2.0], requires_grad=True)
+    loss, stats = pairwise_loss(chosen, rejected)
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-1)) + math.log(1 + math.exp(2)))
+    assert stats["train/accuracy"].item() == 1
+    assert stats["train/margin"].item() == -1.0
+    loss.backward()
+    assert (chosen.grad < 0).all()
+    assert (rejected.grad > 0).all()
+
+
+def test_pairwise_loss_does_not_change_when_all_scores_shift():
+    chosen, rejected = torch.tensor([0.3, -1.0]), torch.tensor([0.1, 0.5])
+    torch.testing.assert_close(
+        pairwise_loss(chosen + 7, rejected + 7)[0], pairwise_loss(chosen, rejected)[0], rtol=1e-6, atol=1e-6
+    )
