@@ -1,4 +1,4 @@
-"""Stage `preferences`: the SFT model answers, a labeler scores, pairs are made and merged with human pairs."""
+"""Stage `preferences`: the SFT model answers, a labeler scores, pairs are made and human pairs merged in."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
 
 
 def _choose_prompts(params: Params, layout: Layout, split: str) -> list[Row]:
-    """As many prompts of the split as asked for, or all; chosen by seed. Raises InputError when there is none."""
+    """As many prompts as asked for, or all; chosen by seed. Raises InputError when there is none."""
     path = layout.prepared_file("prompts", split)
     rows = read_rows(path)
     if not rows:
@@ -111,7 +111,7 @@ def label(
     config: PreferencesConfig,
     source: str,
 ) -> tuple[list[Row], Counter[str]]:
-    """Rows of the pairs kept for each prompt, and counts of what was not: ties, blank answers, spare pairs."""
+    """Rows of the pairs kept, and counts of what was not: ties, blank answers, spare pairs."""
     rows: list[Row] = []
     counts: Counter[str] = Counter()
     for prompt, answers in zip(prompts, scored, strict=True):
@@ -126,11 +126,13 @@ def label(
 
 
 def all_pairs(answers: Sequence[tuple[str, float]]) -> list[Pair]:
-    """Every pair of distinct answers that are not blank, the widest gap first; equal gaps in the order sampled."""
-    distinct = dict((text, score) for text, score in reversed(answers) if text)
-    ordered = list(reversed(distinct.items()))
+    """Every pair of distinct answers that are not blank, the widest gap first; else in the order sampled."""
+    distinct: dict[str, float] = {}
+    for text, score in answers:
+        if text:
+            distinct.setdefault(text, score)
     pairs = []
-    for first, second in combinations(ordered, 2):
+    for first, second in combinations(distinct.items(), 2):
         (chosen, high), (rejected, low) = (first, second) if first[1] >= second[1] else (second, first)
         pairs.append(Pair(chosen, rejected, high, low))
     return sorted(pairs, key=lambda pair: -pair.gap)
