@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rlhf_core.config import EvaluateConfig
-from rlhf_core.evaluation.statistics import Interval, mean_interval, paired_difference, win_rate
-from rlhf_core.evaluation.text_metrics import distinct_n, perplexity, repeated_share
+from rlhf_core.evaluation.statistics import Interval, bootstrap_mean, paired_difference, win_rate
+from rlhf_core.evaluation.text_metrics import distinct, perplexity, repeated_share
 from rlhf_core.generation import Generation
 
 MODELS = ("base", "sft", "policy")
@@ -43,7 +43,7 @@ def summarise(
         "gold_difference": paired_difference(sft.gold, policy.gold, **options),
         "proxy_difference": paired_difference(sft.proxy, policy.proxy, **options),
         "length_difference": paired_difference(_lengths(sft.answers), _lengths(policy.answers), **options),
-        "kl": mean_interval(kl, **options),
+        "kl": bootstrap_mean(kl, **options),
     }
     return {
         "num_prompts": len(kl),
@@ -64,12 +64,12 @@ def _describe(model: ModelResult, options: dict[str, Any]) -> Tree:
     texts = [answer.text for answer in model.answers]
     lengths = _lengths(model.answers)
     return {
-        "gold": asdict(mean_interval(model.gold, **options)),
-        "proxy": asdict(mean_interval(model.proxy, **options)),
+        "gold": asdict(bootstrap_mean(model.gold, **options)),
+        "proxy": asdict(bootstrap_mean(model.proxy, **options)),
         "length": sum(lengths) / len(lengths),
         "eos_rate": sum(answer.finished for answer in model.answers) / len(texts),
-        "distinct_1": distinct_n(texts, 1),
-        "distinct_2": distinct_n(texts, 2),
+        "distinct_1": distinct(texts, 1),
+        "distinct_2": distinct(texts, 2),
         "repeated_4gram": repeated_share(texts, 4),
         "perplexity": perplexity(model.logprobs, lengths),
     }

@@ -42,7 +42,7 @@ def wilson(successes: float, total: int, confidence: float) -> Interval:
     return Interval(share, max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half)))
 
 
-def mean_interval(values: Sequence[float], *, confidence: float, samples: int, seed: int) -> Interval:
+def bootstrap_mean(values: Sequence[float], *, confidence: float, samples: int, seed: int) -> Interval:
     """Mean over prompts with its percentile bootstrap interval; one value per prompt."""
     return _bootstrap_ratio(
         np.asarray(values, dtype=np.float64), np.ones(len(values)), confidence, samples, seed
@@ -54,15 +54,15 @@ def paired_difference(
 ) -> Interval:
     """Mean of after - before on the same prompts, resampled by prompt."""
     differences = [b - a for a, b in zip(before, after, strict=True)]
-    return mean_interval(differences, confidence=confidence, samples=samples, seed=seed)
+    return bootstrap_mean(differences, confidence=confidence, samples=samples, seed=seed)
 
 
 def win_rate(
     ours: Sequence[float], theirs: Sequence[float], *, confidence: float, samples: int, seed: int
 ) -> Interval:
     """Share of prompts where `ours` scores higher than `theirs`, a tie counting one half."""
-    wins = [_win(a, b) for a, b in zip(ours, theirs, strict=True)]
-    interval = mean_interval(wins, confidence=confidence, samples=samples, seed=seed)
+    wins = win_rates(ours, theirs)
+    interval = bootstrap_mean(wins, confidence=confidence, samples=samples, seed=seed)
     return _never_certain(interval, len(wins), confidence)
 
 
@@ -92,15 +92,16 @@ def length_baseline_accuracy(chosen_lengths: Sequence[int], rejected_lengths: Se
 
     Equal lengths count one half. Picking the better rule on the pairs it is judged by favours the baseline.
     """
-    wins = [_win(c, r) for c, r in zip(chosen_lengths, rejected_lengths, strict=True)]
+    wins = win_rates(chosen_lengths, rejected_lengths)
     if not wins:
         raise ValueError("no pairs: the length baseline is undefined")
     longer = sum(wins) / len(wins)
     return max(longer, 1.0 - longer)
 
 
-def _win(ours: float, theirs: float) -> float:
-    return 0.5 if ours == theirs else float(ours > theirs)
+def win_rates(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """By prompt: 1 where ours scores higher, 1/2 for a tie, else 0. Their mean is the win rate."""
+    return [0.5 if a == b else float(a > b) for a, b in zip(ours, theirs, strict=True)]
 
 
 def _never_certain(interval: Interval, units: int, confidence: float) -> Interval:

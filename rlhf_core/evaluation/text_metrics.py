@@ -16,7 +16,7 @@ def ngrams(text: str, n: int) -> list[Gram]:
     return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
 
 
-def distinct_n(texts: Sequence[str], n: int) -> float:
+def distinct(texts: Sequence[str], n: int) -> float:
     """Different n-grams over all n-grams of all texts together (Li et al. 2016); 0 when there are none.
 
     It falls as texts get longer or more, so compare only models that answered the same prompts.

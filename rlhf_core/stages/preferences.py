@@ -82,8 +82,12 @@ def _choose_prompts(params: Params, layout: Layout, split: str) -> list[Row]:
     if not rows:
         raise InputError(f"{path}: no {split} prompts; the preferences stage needs at least one")
     config = params.preferences
-    wanted = config.num_prompts if split == "train" else config.num_eval_prompts
-    return random.Random(f"{params.run.seed} {split}").sample(rows, min(wanted, len(rows)))
+    return choose(rows, config.num_prompts if split == "train" else config.num_eval_prompts, params.run.seed)
+
+
+def choose(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
+    """`count` rows, or all there are, drawn by seed."""
+    return random.Random(seed).sample(list(rows), min(count, len(rows)))
 
 
 def _answer(

@@ -9,7 +9,7 @@ from rlhf_core.evaluation.statistics import (
     Interval,
     accuracy_with_interval,
     length_baseline_accuracy,
-    mean_interval,
+    bootstrap_mean,
     paired_difference,
     wilson,
     win_rate,
@@ -47,9 +47,9 @@ def test_wilson_refuses_impossible_counts(successes, total):
         wilson(successes, total, 0.95)
 
 
-def test_mean_interval_agrees_with_the_normal_approximation():
+def test_bootstrap_mean_agrees_with_the_normal_approximation():
     values = np.random.default_rng(3).normal(2.0, 1.5, size=400)
-    interval = mean_interval(values.tolist(), **OPTIONS)
+    interval = bootstrap_mean(values.tolist(), **OPTIONS)
     error = values.std(ddof=1) / math.sqrt(len(values))
     assert interval.estimate == pytest.approx(values.mean())
     # 2,000 resamples place a bound within some 4 % of a standard error; 0.15 leaves room.
@@ -57,12 +57,12 @@ def test_mean_interval_agrees_with_the_normal_approximation():
     assert interval.high == pytest.approx(values.mean() + 1.96 * error, abs=0.15 * error)
 
 
-def test_mean_interval_of_two_values_by_hand():
+def test_bootstrap_mean_of_two_values_by_hand():
     # Resamples of {0, 1} have means 0, 1/2, 1 with chances 1/4, 1/2, 1/4: tails of 20 % fall into 0 and 1.
-    interval = mean_interval([0.0, 1.0], confidence=0.6, samples=2000, seed=1)
+    interval = bootstrap_mean([0.0, 1.0], confidence=0.6, samples=2000, seed=1)
     assert (interval.low, interval.estimate, interval.high) == (0.0, 0.5, 1.0)
     # Tails of 30 % fall into the middle value.
-    interval = mean_interval([0.0, 1.0], confidence=0.4, samples=2000, seed=1)
+    interval = bootstrap_mean([0.0, 1.0], confidence=0.4, samples=2000, seed=1)
     assert (interval.low, interval.high) == (0.5, 0.5)
 
 
@@ -71,7 +71,7 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
     covered = 0
     for seed in range(200):
         values = rng.exponential(1.0, size=60)
-        interval = mean_interval(values.tolist(), confidence=0.9, samples=400, seed=seed)
+        interval = bootstrap_mean(values.tolist(), confidence=0.9, samples=400, seed=seed)
         covered += interval.low <= 1.0 <= interval.high
     # 90 % of 200 with a standard deviation of 4.2; the percentile method is a little short on skewed data.
     assert 164 <= covered <= 194
@@ -144,8 +144,8 @@ def test_length_baseline_takes_the_better_rule():
 
 def test_the_same_seed_gives_the_same_interval():
     values = np.random.default_rng(5).normal(size=30).tolist()
-    assert mean_interval(values, **OPTIONS) == mean_interval(values, **OPTIONS)
-    assert mean_interval(values, **OPTIONS) != mean_interval(values, **OPTIONS | {"seed": 1})
+    assert bootstrap_mean(values, **OPTIONS) == bootstrap_mean(values, **OPTIONS)
+    assert bootstrap_mean(values, **OPTIONS) != bootstrap_mean(values, **OPTIONS | {"seed": 1})
 
 
 def test_interval_names_its_metrics():

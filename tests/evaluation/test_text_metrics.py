@@ -2,15 +2,15 @@ import math
 
 import pytest
 
-from rlhf_core.evaluation.text_metrics import distinct_n, perplexity, repeated_share
+from rlhf_core.evaluation.text_metrics import distinct, perplexity, repeated_share
 
 
 def test_distinct_by_hand():
     texts = ["the cat saw the cat", "The dog"]
-    assert distinct_n(texts, 1) == 4 / 7  # the cat saw dog
-    assert distinct_n(texts, 2) == 4 / 5  # the-cat twice, cat-saw, saw-the, the-dog
-    assert distinct_n(["one"], 2) == 0.0
-    assert distinct_n([], 1) == 0.0
+    assert distinct(texts, 1) == 4 / 7  # the cat saw dog
+    assert distinct(texts, 2) == 4 / 5  # the-cat twice, cat-saw, saw-the, the-dog
+    assert distinct(["one"], 2) == 0.0
+    assert distinct([], 1) == 0.0
 
 
 def test_repeated_share_by_hand():

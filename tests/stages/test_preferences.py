@@ -39,7 +39,7 @@ def small(params):
         "num_prompts": 10,
         "num_eval_prompts": 5,
         "labeler": "function",
-        "labeler_target": "my_rewards:by_length",
+        "labeler_target": "length_rewards:by_length",
         "max_human_pairs": 2,
         "label_noise": 0.2,
         "sampling": sampling,
@@ -61,7 +61,7 @@ def layout(tmp_path, tiny_model_dir, monkeypatch):
         write_rows(layout.prepared_file("prompts", split), rows, "prompts")
         pairs = [human_pair(1, 3.0), human_pair(2, math.nan), human_pair(3, 5.0)]
         write_rows(layout.prepared_file("preferences", split), pairs, "preferences")
-    (tmp_path / "my_rewards.py").write_text(
+    (tmp_path / "length_rewards.py").write_text(
         "def by_length(prompts, responses): return [float(len(r)) for r in responses]\n"
         "def constant(prompts, responses): return [0.0 for r in responses]\n"
     )
@@ -157,7 +157,7 @@ def test_stage_takes_all_prompts_when_there_are_fewer(small, layout):
 
 
 def test_stage_says_when_nothing_can_be_paired(small, layout):
-    changes = {"labeler_target": "my_rewards:constant", "max_human_pairs": 0}
+    changes = {"labeler_target": "length_rewards:constant", "max_human_pairs": 0}
     ties = small.model_copy(update={"preferences": small.preferences.model_copy(update=changes)})
     with pytest.raises(InputError, match=r"no train pair.*min_margin = 0\.1"):
         run(ties, layout)
