@@ -1,6 +1,7 @@
 """What a stage reports while it runs: JSON lines always, MLflow when it is on.
 
-The only door through which `rlhf_core` lets its numbers out.
+The only door through which `rlhf_core` lets its numbers out. MLflow is written by a thread of its own, so its
+import and its server cost the training nothing and cannot stop it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from rlhf_core.mlflow_writer import MlflowWriter
+
 
 class Tracker:
     """Collects the metrics, tables and progress of one stage below `run_dir`.
@@ -22,15 +25,17 @@ class Tracker:
     both are read by others while the stage runs.
     """
 
-    def __init__(self, stage: str, run_dir: Path) -> None:
+    def __init__(self, stage: str, run_dir: Path, writer: MlflowWriter | None = None) -> None:
         self.stage = stage
         self.run_dir = run_dir
         self.history: list[dict[str, float]] = []
         self.perf: dict[str, float] = {}
+        self._writer = writer
         self._bar: tqdm | None = None
         self._last_progress = 0.0
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "history.jsonl").unlink(missing_ok=True)
+        for leftover in (run_dir / "history.jsonl", run_dir / "progress.json", *run_dir.glob("*.table.json")):
+            leftover.unlink(missing_ok=True)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record metrics of one step. Names are `area/name`; values must be the same in a repetition."""
@@ -38,32 +43,44 @@ class Tracker:
         self.history.append(row)
         with (self.run_dir / "history.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+        if self._writer:
+            self._writer.metrics({name: value for name, value in row.items() if name != "step"}, step)
 
-    def log_perf(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+    def log_perf(self, metrics: Mapping[str, float]) -> None:
         """Record times, speeds and memory: shown and tracked, but never part of a reproducible output."""
         self.perf.update({name: float(value) for name, value in metrics.items()})
+        if self._writer:
+            self._writer.metrics(metrics, 0)
+
+    def final(self, metrics: Mapping[str, float]) -> None:
+        """Record what the stage ends with."""
+        if self._writer:
+            self._writer.metrics(metrics, 0)
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Record a small table, such as sample texts: run_dir/NAME.table.json."""
-        (self.run_dir / f"{name}.table.json").write_text(
-            json.dumps(list(rows), ensure_ascii=False), encoding="utf-8"
-        )
+        text = json.dumps(list(rows), ensure_ascii=False)
+        (self.run_dir / f"{name}.table.json").write_text(text, encoding="utf-8")
+        if self._writer and rows:
+            self._writer.table(name, rows)
 
     def artifact(self, path: Path) -> None:
         """Record a file or directory (plot, report)."""
+        if self._writer:
+            self._writer.artifact(path)
 
     def dataset(self, name: str, path: Path, context: str) -> None:
         """Record that the stage read the Parquet file `path` for `context` (training, evaluation)."""
+        if self._writer:
+            self._writer.dataset(name, path, context)
 
     def progress(self, done: int, total: int, note: str = "") -> None:
         """Show a bar with the time left on stderr, and keep run_dir/progress.json current."""
         if self._bar is None or self._bar.total != total:
             self.close_bar()
-            self._bar = tqdm(
-                total=total, desc=self.stage, file=sys.stderr, dynamic_ncols=True, mininterval=1.0
-            )
+            self._bar = tqdm(total=total, desc=self.stage, file=sys.stderr, dynamic_ncols=True, mininterval=1.0)
+        self._bar.set_postfix_str(note, refresh=False)
         self._bar.update(done - self._bar.n)
-        self._bar.set_postfix_str(note)
         if done >= total or time.monotonic() - self._last_progress > 1.0:
             self._last_progress = time.monotonic()
             state = {"stage": self.stage, "done": done, "total": total, "note": note}

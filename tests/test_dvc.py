@@ -21,6 +21,7 @@ NOT_IN_RESULTS = {
     "rlhf_core.config",
     "rlhf_core.errors",
     "rlhf_core.layout",
+    "rlhf_core.mlflow_writer",
     "rlhf_core.stages",
     "rlhf_core.tracking",
 }

@@ -78,7 +78,7 @@ def find_model(name: str, layout: Layout) -> Path:
     from rlhf_core.errors import InputError
 
     if name.startswith("models:/"):
-        from rlhf_core.tracking import registered_model_dir
+        from rlhf_core.mlflow_writer import registered_model_dir
 
         return registered_model_dir(name, layout.root)
     path = layout.model(name) if name in NAMES else Path(name)

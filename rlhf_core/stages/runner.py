@@ -1,4 +1,4 @@
-"""Run one stage: telemetry off, tracked, timed, its metrics written last."""
+"""Run one stage: tracked, timed, its metrics written last."""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ import importlib
 import io
 import json
 import math
+import os
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from rlhf_core.atomic import write_text
 from rlhf_core.config import Params
 from rlhf_core.errors import RLHFError
 from rlhf_core.layout import Layout
+from rlhf_core.mlflow_writer import SWITCH_VARIABLE, MlflowWriter
 from rlhf_core.tracking import Tracker
+
+SECTIONS = {"base": "model", "prepare": "data", "validate": "validate_"}
 
 
 def run_stage(stage: str, params: Params, layout: Layout) -> dict[str, float]:
@@ -26,25 +32,54 @@ def run_stage(stage: str, params: Params, layout: Layout) -> dict[str, float]:
     """
     module = importlib.import_module(f"rlhf_core.stages.{stage}")
     run_dir = layout.run_dir(stage)
-    tracker = Tracker(stage, run_dir)
     (run_dir / "failure.json").unlink(missing_ok=True)
     started = time.perf_counter()
-    try:
+    with open_tracker(stage, params, layout) as tracker:
         metrics = module.run(params, layout, tracker)
-    except RLHFError as error:
-        write_text(
-            run_dir / "failure.json", json.dumps({"kind": type(error).__name__, "message": str(error)})
-        )
+        if tracker.history:
+            write_text(layout.history(stage), history_csv(tracker.history))
+        write_text(layout.metrics(stage), json.dumps(round_metrics(metrics), indent=2) + "\n")
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+        tracker.log_perf({"perf/seconds": time.perf_counter() - started, "perf/peak_memory_gib": peak})
+        tracker.final(metrics)
+        write_text(run_dir / "perf.json", json.dumps(tracker.perf, indent=2))
+    return metrics
+
+
+@contextmanager
+def open_tracker(stage: str, params: Params, layout: Layout) -> Iterator[Tracker]:
+    """A tracker that ends its MLflow run truly, whatever ends the block."""
+    off = os.environ.get(SWITCH_VARIABLE) == "off"
+    writer = None if off else MlflowWriter(stage, layout.root, stage_params(stage, params))
+    tracker = Tracker(stage, layout.run_dir(stage), writer)
+    status = "FINISHED"
+    try:
+        yield tracker
+    except BaseException as error:
+        status = "FAILED" if isinstance(error, Exception) else "KILLED"
+        if isinstance(error, RLHFError):
+            failure = {"kind": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
+            write_text(layout.run_dir(stage) / "failure.json", json.dumps(failure))
         raise
     finally:
         tracker.close_bar()
-    if tracker.history:
-        write_text(layout.history(stage), history_csv(tracker.history))
-    write_text(layout.metrics(stage), json.dumps(round_metrics(metrics), indent=2) + "\n")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
-    perf = {**tracker.perf, "perf/seconds": time.perf_counter() - started, "perf/peak_memory_gib": peak}
-    write_text(run_dir / "perf.json", json.dumps(perf, indent=2))
-    return metrics
+        if writer is not None:
+            writer.close(status)
+
+
+def stage_params(stage: str, params: Params) -> dict[str, Any]:
+    """The sections that a stage reads, as flat dotted keys."""
+    section = getattr(params, SECTIONS.get(stage, stage))
+    tree = {"run": params.run, "model": params.model, stage: section}
+    return {key: value for name, part in tree.items() for key, value in _flatten(part.model_dump(), f"{name}.")}
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def round_metrics(metrics: Mapping[str, float]) -> dict[str, float | int | None]:

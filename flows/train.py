@@ -1,0 +1,96 @@
+"""The flow `train`: data, SFT, reward model, PPO, evaluation, one task a stage; then the registry.
+
+`python -m flows.train` (which `rlhf run` starts) runs it here and now, with no server needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from rlhf_core.cli import QUIET
+
+os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
+if "PREFECT_API_URL" not in os.environ:
+    # A server of our own for this run, its database beside the workspace's other state.
+    os.environ.setdefault("PREFECT_HOME", str(Path.cwd() / ".rlhf" / "prefect"))
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+    os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "ERROR")
+
+from prefect import flow, task  # noqa: E402
+from prefect.cache_policies import NO_CACHE  # noqa: E402
+
+from rlhf_core.config import load_params  # noqa: E402
+from rlhf_core.errors import RLHFError  # noqa: E402
+from rlhf_core.layout import Layout  # noqa: E402
+from rlhf_core.report import run_report  # noqa: E402
+from rlhf_core.stages import STAGES  # noqa: E402
+from tasks import registry, stages, workspace  # noqa: E402
+
+
+def worth_retrying(task_object: Any, run: Any, state: Any) -> bool:
+    """A stage that met bad parameters or bad data would only meet them again."""
+    try:
+        state.result()
+    except stages.StageError as error:
+        return error.retryable
+    except Exception:
+        return True
+    return False
+
+
+@task(cache_policy=NO_CACHE, retry_condition_fn=worth_retrying, task_run_name="{stage}", name="stage")
+def run_stage(root: Path, stage: str, parent_run_id: str) -> stages.StageResult:
+    """Run one stage through DVC. Safe to retry: training goes on from its last checkpoint."""
+    return stages.run_stage(root, stage, load_params(Layout(root).params), parent_run_id)
+
+
+@task(cache_policy=NO_CACHE, name="register")
+def register(root: Path, parent: registry.ParentRun) -> str:
+    """Put the policy into the registry as the candidate."""
+    registry.log_result(root, parent)
+    return registry.register_policy(root, load_params(Layout(root).params), parent)
+
+
+@flow(name="train", validate_parameters=False)
+def train(profile: str = "", overrides: list[str] | None = None, root: str = "") -> str:
+    """Train and register a policy. Returns the registered version."""
+    directory = Path(root or Path.cwd()).resolve()
+    workspace.check_workspace(directory)
+    with workspace.exclusive(directory):
+        params = workspace.resolve_params(directory, profile, overrides or [])
+        with registry.parent_run(directory, params, "train") as parent:
+            stages.show_links(directory, parent.uri, parent.run_id, parent.experiment)
+            for stage in STAGES:
+                run_stage.with_options(retries=params.flow.stage_retries)(directory, stage, parent.run_id)
+            return register(directory, parent)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="rlhf run", description="Run the whole pipeline.")
+    parser.add_argument("--profile", default="")
+    parser.add_argument("-S", "--set", dest="overrides", action="append", default=[])
+    options = parser.parse_args()
+    root = Path.cwd()
+    try:
+        # Checked here too, so that a mistake is one line and not a failed flow.
+        workspace.check_workspace(root)
+        with workspace.exclusive(root):
+            workspace.resolve_params(root, options.profile, options.overrides)
+        registered = train(root=str(root))
+    except (RLHFError, stages.StageError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(getattr(error, "exit_code", 1))
+    except KeyboardInterrupt:
+        print("\ninterrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+    from rich.console import Console
+
+    Console().print(run_report(Layout(root), registered))
+
+
+if __name__ == "__main__":
+    main()

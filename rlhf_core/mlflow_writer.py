@@ -1,0 +1,183 @@
+"""Writing one stage's run to MLflow from a thread, and where MLflow's store is.
+
+SQLite below the workspace unless MLFLOW_TRACKING_URI says otherwise. With RLHF_TRACKING=off nothing is written.
+No result depends on any of this: a store that cannot be reached costs a warning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_core.errors import InputError
+
+EXPERIMENT = "rlhf"
+PARENT_VARIABLE = "RLHF_PARENT_RUN_ID"
+SWITCH_VARIABLE = "RLHF_TRACKING"
+CLOSE_SECONDS = 60.0
+BATCH_SECONDS = 1.0
+
+
+def tracking_uri(root: Path) -> str:
+    """Absolute, since stages run in other directories."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.resolve()}/mlflow.db"
+
+
+def open_client(root: Path):
+    """An MLflow client on the workspace's store, its telemetry off."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    import logging
+
+    for noisy in ("alembic", "mlflow"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri(root), registry_uri=tracking_uri(root))
+
+
+def experiment_id(client: Any, root: Path) -> str:
+    """Of the experiment `rlhf`; made on first use, safely when several stages are first at once."""
+    from mlflow.exceptions import MlflowException
+
+    for _ in range(2):
+        found = client.get_experiment_by_name(EXPERIMENT)
+        if found is not None:
+            return found.experiment_id
+        try:
+            return client.create_experiment(EXPERIMENT, artifact_location=f"file://{root.resolve()}/mlartifacts")
+        except MlflowException:
+            continue  # somebody else was first
+    return client.get_experiment_by_name(EXPERIMENT).experiment_id
+
+
+class MlflowWriter:
+    """The MLflow run of one stage. Calls return at once; `close` waits until all is written."""
+
+    def __init__(self, stage: str, root: Path, params: Mapping[str, Any]) -> None:
+        self._stage, self._root, self._params = stage, root, params
+        self._state_file = root / ".rlhf" / "runs" / stage / "mlflow.json"
+        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
+        self._pending: list[tuple[str, float, int, int]] = []
+        self._client: Any = None
+        self._run_id = ""
+        self._fault: Exception | None = None
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+        self._thread.start()
+
+    def metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        now = int(time.time() * 1000)
+        with self._lock:
+            self._pending += [(name, float(value), now, step) for name, value in metrics.items()]
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        data = {key: [row.get(key) for row in rows] for key in rows[0]}
+        self._jobs.put(lambda: self._client.log_table(self._run_id, data, f"{name}.json"))
+
+    def artifact(self, path: Path) -> None:
+        def job() -> None:
+            if path.is_dir():
+                self._client.log_artifacts(self._run_id, str(path), path.name)
+            elif path.exists():
+                self._client.log_artifact(self._run_id, str(path))
+
+        self._jobs.put(job)
+
+    def dataset(self, name: str, path: Path, context: str) -> None:
+        self._jobs.put(lambda: self._log_dataset(name, path, context))
+
+    def close(self, status: str) -> None:
+        """End the run with `status` (FINISHED, FAILED or KILLED); a dead store is waited for only so long."""
+        self._jobs.put(lambda: self._client.set_terminated(self._run_id, status))
+        self._jobs.put(None)
+        self._thread.join(CLOSE_SECONDS)
+        if self._thread.is_alive() or self._fault is not None:
+            print(f"warning: MLflow did not take all of {self._stage}: {self._fault or 'too slow'}", file=sys.stderr)
+
+    def _work(self) -> None:
+        try:
+            self._client = open_client(self._root)
+            self._run_id = self._open_run()
+            while True:
+                try:
+                    job = self._jobs.get(timeout=BATCH_SECONDS)
+                except queue.Empty:
+                    self._flush()
+                    continue
+                self._flush()
+                if job is None:
+                    return
+                job()
+        except Exception as error:  # whatever a store does, training goes on
+            self._fault = error
+
+    def _flush(self) -> None:
+        from mlflow.entities import Metric
+
+        with self._lock:
+            pending, self._pending = self._pending, []
+        for start in range(0, len(pending), 1000):
+            batch = [Metric(*entry) for entry in pending[start : start + 1000]]
+            self._client.log_batch(self._run_id, metrics=batch)
+
+    def _open_run(self) -> str:
+        """The run of this stage: a child of the flow's run; a retry under the same parent goes on with its run."""
+        from mlflow.entities import Param
+
+        parent = os.environ.get(PARENT_VARIABLE, "")
+        known = json.loads(self._state_file.read_text()) if self._state_file.is_file() else {}
+        if parent and known.get("parent") == parent:
+            self._client.update_run(known["run"], status="RUNNING")
+            return known["run"]
+        tags = {"rlhf.stage": self._stage} | ({"mlflow.parentRunId": parent} if parent else {})
+        experiment = experiment_id(self._client, self._root)
+        run_id = self._client.create_run(experiment, run_name=self._stage, tags=tags).info.run_id
+        params = [Param(key, str(value)[:500]) for key, value in self._params.items()]
+        self._client.log_batch(run_id, params=params)
+        self._state_file.parent.mkdir(parents=True, exist_ok=True)
+        self._state_file.write_text(json.dumps({"parent": parent, "run": run_id}))
+        return run_id
+
+    def _log_dataset(self, name: str, path: Path, context: str) -> None:
+        """A data set input whose digest is the md5 by which DVC knows the file."""
+        import mlflow
+        import pandas as pd
+        from mlflow.entities import DatasetInput, InputTag
+
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "md5").hexdigest()
+        frame = pd.read_parquet(path).head(1000)
+        source = str(path.relative_to(self._root)) if path.is_relative_to(self._root) else str(path)
+        found = mlflow.data.from_pandas(frame.drop(columns=["messages"]), source=source, name=name, digest=digest)
+        entry = DatasetInput(found._to_mlflow_entity(), [InputTag("mlflow.data.context", context)])
+        self._client.log_inputs(self._run_id, [entry])
+
+
+def registered_model_dir(uri: str, root: Path) -> Path:
+    """The Hugging Face directory inside a registered version, `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+
+    Raises InputError when there is no such version.
+    """
+    client = open_client(root)
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    try:
+        name, _, rest = uri.removeprefix("models:/").partition("@" if "@" in uri else "/")
+        if "@" in uri:
+            rest = client.get_model_version_by_alias(name, rest).version
+        location = client.get_model_version_download_uri(name, rest)
+        mlflow.set_tracking_uri(tracking_uri(root))
+        local = Path(mlflow.artifacts.download_artifacts(location))
+    except (MlflowException, OSError) as error:
+        raise InputError(f"{uri}: no such registered model in {tracking_uri(root)}: {error}") from None
+    (found,) = local.glob("artifacts/*/config.json")
+    return found.parent

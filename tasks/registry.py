@@ -1,0 +1,137 @@
+"""The run in MLflow as a whole, and the policy in its registry."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf_core.config import Params
+from rlhf_core.layout import Layout
+from rlhf_core.mlflow_writer import experiment_id, open_client, tracking_uri
+
+ALIAS = "candidate"
+
+
+@dataclass(frozen=True)
+class ParentRun:
+    """The MLflow run that holds the runs of all stages."""
+
+    run_id: str
+    experiment: str
+    uri: str
+
+
+@contextmanager
+def parent_run(root: Path, params: Params, name: str) -> Iterator[ParentRun]:
+    """Open the run of a flow; it ends FINISHED, FAILED or KILLED as the block does."""
+    client = open_client(root)
+    experiment = experiment_id(client, root)
+    run = client.create_run(experiment, run_name=name, tags=lineage(root))
+    run_id = run.info.run_id
+    client.log_artifact(run_id, str(Layout(root).params))
+    client.log_dict(run_id, params.model_dump(mode="json", by_alias=True), "params.json")
+    status = "FINISHED"
+    try:
+        yield ParentRun(run_id, experiment, tracking_uri(root))
+    except BaseException as error:
+        status = "FAILED" if isinstance(error, Exception) else "KILLED"
+        raise
+    finally:
+        client.set_terminated(run_id, status)
+
+
+def lineage(root: Path) -> dict[str, str]:
+    """What a policy was made from: commit, lock, data, parameters, base."""
+    layout = Layout(root)
+    lock = root / "dvc.lock"
+    commit = _git(root, "rev-parse", "HEAD")
+    tags = {
+        "git.commit": commit or "none",
+        "git.dirty": str(bool(_git(root, "status", "--porcelain", "--untracked-files=no"))).lower(),
+        "params.md5": md5(layout.params),
+        "dvc.lock.md5": md5(lock),
+    }
+    if lock.is_file():
+        for stage in yaml.safe_load(lock.read_text()).get("stages", {}).values():
+            for out in stage.get("outs", []):
+                if out["path"].startswith(("data/", "models/")):
+                    tags[f"dvc.{out['path'].replace('/', '.')}"] = out.get("md5", "")
+    return tags
+
+
+def register_policy(root: Path, params: Params, parent: ParentRun) -> str:
+    """Register models/policy as a new version with alias `candidate`; the same policy is not registered twice.
+
+    Returns "NAME version N".
+    """
+    import mlflow
+
+    from rlhf_core import serving
+
+    name = params.flow.registered_model
+    client = open_client(root)
+    tags = lineage(root) | evaluation_tags(root) | {"mlflow.parent_run": parent.run_id}
+    version = _registered(client, name, tags)
+    if version is None:
+        mlflow.set_tracking_uri(parent.uri)
+        mlflow.set_registry_uri(parent.uri)
+        with mlflow.start_run(run_id=parent.run_id):
+            info = serving.log_policy(Layout(root).model("policy"), name)
+        version = str(info.registered_model_version)
+        # The fluent API ends the run it joined; the flow is not over.
+        client.update_run(parent.run_id, status="RUNNING")
+    for key, value in tags.items():
+        client.set_model_version_tag(name, version, key, value)
+    client.set_registered_model_alias(name, ALIAS, version)
+    client.set_tag(parent.run_id, "registered", f"{name}/{version}")
+    return f"models:/{name}@{ALIAS} (version {version})"
+
+
+def _registered(client: Any, name: str, tags: dict[str, str]) -> str | None:
+    """The version that already holds these weights."""
+    for found in client.search_model_versions(f"name='{name}'"):
+        if found.tags.get("dvc.models.policy") == tags.get("dvc.models.policy") != "":
+            return str(found.version)
+    return None
+
+
+def evaluation_tags(root: Path) -> dict[str, str]:
+    """The evaluation's main numbers, and the versions of reward model and base."""
+    layout = Layout(root)
+    found = json.loads(layout.metrics("evaluate").read_text()) if layout.metrics("evaluate").is_file() else {}
+    names = ("win_rate_over_sft", "win_rate_over_sft_low", "gold_gain_over_sft", "gold_gain_over_sft_low", "kl")
+    tags = {f"eval.{name}": str(found.get(f"eval/{name}")) for name in names}
+    provenance = layout.model("base") / "provenance.json"
+    return tags | ({"base": provenance.read_text()[:4000]} if provenance.is_file() else {})
+
+
+def log_result(root: Path, parent: ParentRun) -> None:
+    """The end of a run: lock file, all metrics of the stages, reports."""
+    client = open_client(root)
+    layout = Layout(root)
+    if (root / "dvc.lock").is_file():
+        client.log_artifact(parent.run_id, str(root / "dvc.lock"))
+    for key, value in lineage(root).items():
+        client.set_tag(parent.run_id, key, value)
+    for path in sorted((root / "reports").glob("*/metrics.json")):
+        for name, value in json.loads(path.read_text()).items():
+            if value is not None:
+                client.log_metric(parent.run_id, name, value)
+    client.log_artifacts(parent.run_id, str(layout.evaluation), "evaluation")
+
+
+def md5(path: Path) -> str:
+    return hashlib.md5(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""

@@ -1,0 +1,57 @@
+"""The checkout that a run works in: one run at a time, under git, its parameters resolved."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rlhf_core.config import Params, change_params, load_params, parse_overrides, profile_values
+from rlhf_core.errors import InputError, RLHFError
+from rlhf_core.layout import Layout
+
+
+class BusyError(RLHFError):
+    """Another run works in this checkout."""
+
+
+def resolve_params(root: Path, profile: str, overrides: Sequence[str]) -> Params:
+    """Put profile and overrides into params.yaml; raises InputError before anything is changed."""
+    layout = Layout(root)
+    values = profile_values(profile, root) if profile else {}
+    values |= parse_overrides(overrides)
+    return change_params(layout.params, values) if values else load_params(layout.params)
+
+
+def check_workspace(root: Path) -> None:
+    """Raises InputError when DVC could not work here."""
+    if not (root / "dvc.yaml").is_file():
+        raise InputError(f"{root}: no dvc.yaml here; run this in the directory of the project")
+    inside = subprocess.run(["git", "rev-parse", "--git-dir"], cwd=root, capture_output=True, check=False)
+    no_scm = (root / ".dvc" / "config").is_file() and "no_scm = true" in (root / ".dvc" / "config").read_text().lower()
+    if inside.returncode != 0 and not no_scm:
+        raise InputError(
+            f"{root}: not in a git repository, and DVC keeps its versions in git; clone the project with git, "
+            "or run `git init && git add -A && git commit -m start` here"
+        )
+
+
+@contextlib.contextmanager
+def exclusive(root: Path) -> Iterator[None]:
+    """Hold the checkout for one run. Raises BusyError that names the process which holds it."""
+    path = Layout(root).state / "lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise BusyError(f"{root}: another run works here (process {holder}); wait for it, or stop it") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
