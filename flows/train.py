@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from pathlib import Path
@@ -33,13 +34,17 @@ from tasks import registry, stages, workspace  # noqa: E402
 
 def worth_retrying(task_object: Any, run: Any, state: Any) -> bool:
     """A stage that met bad parameters or bad data would only meet them again."""
-    try:
-        state.result()
-    except stages.StageError as error:
-        return error.retryable
-    except Exception:
+    error = state.result(raise_on_failure=False)
+    return error.retryable if isinstance(error, stages.StageError) else True
+
+
+class WithoutTraceback(logging.Filter):
+    """An expected failure is told by its message; its traceback would only hide it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and isinstance(record.exc_info[1], (stages.StageError, RLHFError)):
+            record.exc_info = record.exc_text = None
         return True
-    return False
 
 
 @task(cache_policy=NO_CACHE, retry_condition_fn=worth_retrying, task_run_name="{stage}", name="stage")
@@ -58,6 +63,8 @@ def register(root: Path, parent: registry.ParentRun) -> str:
 @flow(name="train", validate_parameters=False)
 def train(profile: str = "", overrides: list[str] | None = None, root: str = "") -> str:
     """Train and register a policy. Returns the registered version."""
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).addFilter(WithoutTraceback())
     directory = Path(root or Path.cwd()).resolve()
     workspace.check_workspace(directory)
     with workspace.exclusive(directory):

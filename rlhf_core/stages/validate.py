@@ -38,7 +38,7 @@ def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
             continue  # human preferences are optional
         frame = derive(found, kind, count_tokens, prompts["eval" if split == "train" else "train"])
         results[f"{kind}/{split}"] = check(frame, suite(kind, split, params.validate_), f"{kind}-{split}")
-    results["sources"] = [quarantine_outcome(layout, len_kept(rows), params)]
+    results["sources"] = [quarantine_outcome(layout, params)]
     tracker.progress(total, total)
 
     facts = {f"rows of {kind} ({split})": len(found) for (kind, split), found in rows.items()}
@@ -60,19 +60,16 @@ def token_counter(tokenizer: PreTrainedTokenizerBase) -> CountTokens:
     return count
 
 
-def len_kept(rows: Mapping[Any, Sequence[Any]]) -> int:
-    return sum(len(found) for found in rows.values())
-
-
-def quarantine_outcome(layout: Layout, kept: int, params: Params) -> Outcome:
+def quarantine_outcome(layout: Layout, params: Params) -> Outcome:
     """How much of the sources `prepare` had to put aside."""
-    lines = layout.quarantine.read_text(encoding="utf-8").splitlines()
+    counts = json.loads(layout.metrics("prepare").read_text(encoding="utf-8"))
+    dropped = sum(counts[f"prepare/{kind}_dropped"] for kind in KINDS)
+    share = dropped / max(1, sum(counts[f"prepare/{kind}_read"] for kind in KINDS))
     limit = params.validate_.max_quarantined_fraction
-    share = len(lines) / max(1, kept + len(lines))
     rule = Rule(
         "", {}, "critical", f"at most {limit:.0%} of the rows were put aside (validate.max_quarantined_fraction)"
     )
-    return Outcome(rule, share <= limit, f"{share:.1%}: {len(lines)} rows, listed in data/quarantine.jsonl")
+    return Outcome(rule, share <= limit, f"{share:.1%}: {dropped} rows, listed in data/quarantine.jsonl")
 
 
 def write_report(final: Path, results: Mapping[str, Sequence[Outcome]], facts: Mapping[str, object]) -> None:
