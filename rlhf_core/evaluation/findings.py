@@ -16,7 +16,7 @@ EOS_DROP = 0.15
 
 def verdict(tree: Tree) -> tuple[str, str]:
     """("good" | "bad" | "unclear", one sentence), by the interval of the paired gold difference."""
-    gold, wins = tree["comparison"]["gold_difference"], tree["comparison"]["win_rate_vs_sft"]
+    gold, wins = tree["comparison"]["gold_gain_over_sft"], tree["comparison"]["win_rate_over_sft"]
     numbers = (
         f"gold score {gold['estimate']:+.3f} ({gold['low']:+.3f} to {gold['high']:+.3f}), "
         f"win rate {wins['estimate']:.0%} ({wins['low']:.0%} to {wins['high']:.0%})"
@@ -38,7 +38,7 @@ def _about_scores(tree: Tree) -> Iterator[str]:
     kl, budget = comparison["kl"]["estimate"], tree["kl_budget"]
     if kl > budget:
         yield f"KL to the SFT model is {kl:.1f} nats per answer, above the budget of {budget:g}."
-    if comparison["proxy_difference"]["low"] > 0 and comparison["gold_difference"]["low"] <= 0:
+    if comparison["proxy_gain_over_sft"]["low"] > 0 and comparison["gold_gain_over_sft"]["low"] <= 0:
         yield (
             "The reward model's score rose while the gold score did not clearly: "
             "a sign of over-optimisation. Raise ppo.kl_coef, or lower ppo.num_updates."
@@ -46,24 +46,25 @@ def _about_scores(tree: Tree) -> Iterator[str]:
 
 
 def _about_text(sft: Tree, policy: Tree) -> Iterator[str]:
-    if policy["length"] > LENGTH_RATIO * sft["length"] or sft["length"] > LENGTH_RATIO * policy["length"]:
-        yield f"Answers changed in length from {sft['length']:.1f} to {policy['length']:.1f} tokens."
+    before, after = sft["length"]["estimate"], policy["length"]["estimate"]
+    if max(before, after) > LENGTH_RATIO * min(before, after):
+        yield f"Answers changed in length from {before:.1f} to {after:.1f} tokens."
     if policy["distinct_2"] < DIVERSITY_RATIO * sft["distinct_2"]:
         yield (
             f"Answers are less varied: distinct word pairs fell from {sft['distinct_2']:.0%} "
             f"to {policy['distinct_2']:.0%}."
         )
-    if policy["repeated_4gram"] > max(REPEATED_SHARE, 2 * sft["repeated_4gram"]):
-        yield f"Answers repeat themselves: {policy['repeated_4gram']:.0%} of their four-word runs."
+    if policy["repeated_4"] > max(REPEATED_SHARE, 2 * sft["repeated_4"]):
+        yield f"Answers repeat themselves: {policy['repeated_4']:.0%} of their four-word runs."
     if policy["eos_rate"] < sft["eos_rate"] - EOS_DROP:
         yield (
             f"Fewer answers end by themselves: {policy['eos_rate']:.0%} instead of {sft['eos_rate']:.0%}; "
             "the others are cut at the maximum length."
         )
-    if policy["perplexity"] > PERPLEXITY_RATIO * sft["perplexity"]:
+    if policy["base_perplexity"] > PERPLEXITY_RATIO * sft["base_perplexity"]:
         yield (
-            f"The base model finds the answers stranger: perplexity {policy['perplexity']:.1f} "
-            f"instead of {sft['perplexity']:.1f}."
+            f"The base model finds the answers stranger: perplexity {policy['base_perplexity']:.1f} "
+            f"instead of {sft['base_perplexity']:.1f}."
         )
 
 
@@ -88,18 +89,18 @@ MODEL_ROWS: tuple[tuple[str, str, Callable[[Tree], str]], ...] = (
         "of the reward model; 0 is the mean and 1 the spread of SFT answers",
         _interval("proxy", "+.2f"),
     ),
-    ("length", "tokens of an answer, end included", _number("length", ".1f")),
+    ("length", "tokens of an answer, end included", _interval("length", ".1f")),
     ("ends by itself", "share of answers that end before the maximum length", _number("eos_rate", ".0%")),
     ("distinct words", "different words over all words", _number("distinct_1", ".1%")),
     ("distinct word pairs", "different neighbours over all neighbours", _number("distinct_2", ".1%")),
     (
         "repetition",
         "share of four-word runs said before in the same answer",
-        _number("repeated_4gram", ".1%"),
+        _number("repeated_4", ".1%"),
     ),
     (
         "perplexity",
         "of the answers under the base model; lower reads more usual to it",
-        _number("perplexity", ".1f"),
+        _number("base_perplexity", ".1f"),
     ),
 )

@@ -1,136 +1,275 @@
-"""The pictures of a run. The same numbers give the same bytes."""
+"""The pictures of the evaluation report: PNG bytes, the same in a repetition, in a light and a dark theme.
+
+A picture whose numbers are absent is left out. Colour-blind readers can tell the colours apart (Okabe, Ito).
+"""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.evaluation.statistics import Interval
+from rlhf_core.evaluation.results import MODELS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-    from rlhf_core.config import Params
-    from rlhf_core.layout import Layout
+History = dict[str, list[tuple[float, float]]]  # metric -> (step, value) where the step logged it
+Tree = dict[str, Any]
 
-COLOURS = {"base": "#8a8f98", "sft": "#3b76af", "policy": "#d1662a"}
-GOLD, PROXY = "#b8860b", "#7a4fa3"
+THEMES = {
+    "light": {
+        "back": "#ffffff",
+        "text": "#24292f",
+        "grid": "#d8dee4",
+        "base": "#8c959f",
+        "sft": "#0072b2",
+        "policy": "#d55e00",
+    },
+    "dark": {
+        "back": "#161b22",
+        "text": "#d5dbe1",
+        "grid": "#353c45",
+        "base": "#8b949e",
+        "sft": "#56b4e9",
+        "policy": "#f0883e",
+    },
+}
+LABELS = {"base": "base", "sft": "SFT", "policy": "policy"}
+SIZE = (6.4, 3.8)  # inches
+DPI = 130
 
 
-def new_figure(columns: int, width: float = 5.2, height: float = 3.6) -> tuple[Figure, Sequence[Axes]]:
+@dataclass(frozen=True)
+class Figures:
+    """What the plots are drawn from: results.json, samples.jsonl and the histories of the trainings."""
+
+    tree: Tree
+    samples: Sequence[Tree]
+    histories: Mapping[str, History]
+
+
+Plot = Callable[["Axes", Figures, dict[str, str]], bool]  # False: there are no numbers for it
+
+
+def read_history(path: Path) -> History:
+    """The columns of a history.csv; an absent file gives none."""
+    history: History = {}
+    if not path.is_file():
+        return history
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            step = float(row.pop("step"))
+            for name, text in row.items():
+                value = float(text) if text else math.nan
+                if math.isfinite(value):
+                    history.setdefault(name, []).append((step, value))
+    return history
+
+
+def draw_plots(figures: Figures, theme: str) -> dict[str, bytes]:
+    """PNG bytes by name, in the order of PLOTS, as far as there are numbers for them."""
     import matplotlib
 
-    matplotlib.use("Agg")
+    colors = THEMES[theme]
+    style = {
+        "font.family": "DejaVu Sans",  # comes with matplotlib, so every machine draws the same
+        "font.size": 10,
+        "figure.facecolor": colors["back"],
+        "axes.facecolor": colors["back"],
+        "axes.edgecolor": colors["grid"],
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "grid.color": colors["grid"],
+        "grid.linewidth": 0.6,
+        "legend.frameon": False,
+        **dict.fromkeys(
+            ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.titlecolor"), colors["text"]
+        ),
+    }
+    with matplotlib.rc_context(style):
+        pictures = {name: _draw(plot, figures, colors) for name, plot in PLOTS.items()}
+    return {name: data for name, data in pictures.items() if data is not None}
+
+
+def _draw(plot: Plot, figures: Figures, colors: dict[str, str]) -> bytes | None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width * columns, height), dpi=110, layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False)[0]
-    for ax in axes:
-        ax.grid(alpha=0.25)
-        ax.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    if not plot(figure.add_subplot(), figures, colors):
+        return None
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
 
 
-def save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, metadata={"Software": None}, facecolor="white")
-    return path
+def _scores(judge: str, title: str) -> Plot:
+    def plot(axes: Axes, figures: Figures, colors: dict[str, str]) -> bool:
+        for x, name in enumerate(MODELS):
+            score = figures.tree["models"][name][judge]
+            y = score["estimate"]
+            errors = [[y - score["low"]], [score["high"] - y]]
+            axes.errorbar(x, y, errors, fmt="o", ms=8, capsize=6, lw=2, c=colors[name])
+            axes.annotate(f"{y:+.2f}", (x, y), (12, -4), textcoords="offset points")
+        axes.set_xticks(range(len(MODELS)), [LABELS[name] for name in MODELS])
+        axes.set_xlim(-0.5, len(MODELS) - 0.3)
+        axes.set_ylabel("mean over prompts")
+        axes.set_title(f"{title}, {figures.tree['confidence']:.0%} intervals")
+        return True
+
+    return plot
 
 
-def draw_all(
-    out: Path, answers: Mapping[str, Any], intervals: Mapping[str, Interval], params: Params, layout: Layout
-) -> dict[str, Path]:
-    """Every picture of the report, by title."""
-    pictures = {
-        "Scores before and after": save(draw_scores(answers, intervals), out / "scores.png"),
-        "Answers": save(draw_answers(answers), out / "answers.png"),
-    }
-    ppo = read_history(layout.history("ppo"))
-    if ppo:
-        pictures["PPO by update"] = save(draw_ppo(ppo, params.ppo.kl_budget), out / "ppo.png")
-    sft, reward = read_history(layout.history("sft")), read_history(layout.history("reward"))
-    if sft and reward:
-        pictures["SFT and reward model"] = save(draw_supervised(sft, reward), out / "supervised.png")
-    return pictures
+def _histogram(axes: Axes, values: Mapping[str, Sequence[float]], edges: Any, colors: dict[str, str]) -> None:
+    for name, column in values.items():
+        axes.hist(column, bins=edges, color=colors[name], alpha=0.18)
+        axes.hist(column, bins=edges, histtype="step", color=colors[name], lw=1.8, label=LABELS[name])
+    axes.set_ylabel("answers")
+    axes.legend()
 
 
-def draw_scores(answers: Mapping[str, Any], intervals: Mapping[str, Interval]) -> Figure:
-    """Mean gold and proxy score of each model, with intervals."""
-    figure, axes = new_figure(2)
-    for ax, judge, title in zip(axes, ("gold", "proxy"), ("gold judge", "reward model (proxy)")):
-        for i, name in enumerate(answers):
-            found = intervals[f"{judge}_{name}"]
-            error = [[found.estimate - found.low], [found.high - found.estimate]]
-            ax.bar(i, found.estimate, yerr=error, color=COLOURS[name], capsize=5, width=0.6)
-            ax.annotate(f"{found.estimate:.2f}", (i, found.estimate), ha="left", va="bottom", xytext=(6, 2), textcoords="offset points")
-        ax.set_xticks(range(len(answers)), list(answers))
-        ax.axhline(0, color="black", linewidth=0.8)
-        ax.set_title(f"mean score by the {title}")
-    return figure
+def _gold_histogram(axes: Axes, figures: Figures, colors: dict[str, str]) -> bool:
+    import numpy as np
+
+    values = {name: [row[f"gold_{name}"] for row in figures.samples] for name in ("sft", "policy")}
+    edges = np.histogram_bin_edges([v for column in values.values() for v in column], bins=20)
+    _histogram(axes, values, edges, colors)
+    axes.set_xlabel("gold score of an answer")
+    axes.set_title("Gold score before and after PPO")
+    return True
 
 
-def draw_answers(answers: Mapping[str, Any]) -> Figure:
-    """How the gold scores and the lengths of answers are spread, SFT against policy."""
-    figure, (left, right) = new_figure(2)
-    for name in ("sft", "policy"):
-        found = answers[name]
-        style = {"histtype": "stepfilled", "alpha": 0.45, "color": COLOURS[name], "label": name}
-        left.hist(found.gold, bins=21, **style)
-        right.hist([len(g.token_ids) for g in found.generations], bins=20, **style)
-    left.set(title="gold score of an answer", ylabel="prompts")
-    right.set(title="tokens of an answer")
-    left.legend(frameon=False)
-    return figure
+def _length_histogram(axes: Axes, figures: Figures, colors: dict[str, str]) -> bool:
+    import numpy as np
+
+    values = {name: [row[f"length_{name}"] for row in figures.samples] for name in MODELS}
+    most = figures.tree["sampling"]["max_new_tokens"]
+    width = max(1, round(most / 24))  # whole tokens, so that no bin holds more lengths than its neighbour
+    _histogram(axes, values, np.arange(0.5, most + width + 0.5, width), colors)
+    axes.set_xlabel(f"tokens of an answer (at most {most})")
+    axes.set_title("Length of the answers")
+    return True
 
 
-def draw_ppo(history: Sequence[Mapping[str, float]], kl_budget: float) -> Figure:
-    figure, axes = new_figure(3)
-    score, kl, length = axes
-    line(score, history, "objective/scores", "proxy (reward model)", PROXY)
-    gold = score.twinx()
-    gold.spines["top"].set_visible(False)
-    line(gold, history, "objective/gold", "gold (only watched)", GOLD)
-    score.set(title="score of the rollouts", ylabel="proxy")
-    gold.set_ylabel("gold")
-    handles = [*score.get_lines(), *gold.get_lines()]
-    score.legend(handles=handles, frameon=False, loc="lower right", fontsize=8)
-    line(kl, history, "objective/kl", "KL to SFT", COLOURS["policy"])
-    kl.axhline(kl_budget, color="#c62828", linestyle="--", linewidth=1, label="budget")
-    kl.set(title="KL to the reference, nats per answer")
-    kl.legend(frameon=False, fontsize=8)
-    line(length, history, "rollout/response_length", "tokens", COLOURS["sft"])
-    length.set(title="tokens of an answer")
-    length.set_ylim(bottom=0)
-    for ax in axes:
-        ax.set_xlabel("update")
-    return figure
+def _line(
+    axes: Axes, points: Sequence[tuple[float, float]], color: str, label: str = "", **style: Any
+) -> None:
+    steps, values = zip(*points, strict=True)
+    style = {"marker": "o" if len(points) < 40 else "", "ms": 3.5, "lw": 1.8} | style
+    axes.plot(steps, values, color=color, label=label or None, **style)
 
 
-def draw_supervised(sft: Sequence[Mapping[str, float]], reward: Sequence[Mapping[str, float]]) -> Figure:
-    figure, (left, right) = new_figure(2)
-    line(left, sft, "train/loss", "training", "#9bb7d4")
-    line(left, sft, "eval/loss", "held out", COLOURS["sft"], marker="o")
-    left.set(title="SFT loss per token", xlabel="step")
-    line(right, reward, "train/accuracy", "training", "#cbb8df")
-    line(right, reward, "eval/accuracy", "held out", PROXY, marker="o")
-    right.set(title="reward model: accuracy on pairs", xlabel="step")
-    right.set_ylim(0, 1.02)
-    for ax in (left, right):
-        ax.legend(frameon=False, fontsize=8)
-    return figure
+def _over_steps(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    _title(axes, title, xlabel, ylabel)
 
 
-def line(ax: Axes, history: Sequence[Mapping[str, float]], name: str, label: str, colour: str, marker: str = "") -> None:
-    points = [(row["step"], row[name]) for row in history if name in row]
-    if points:
-        ax.plot(*zip(*points), color=colour, label=label, marker=marker, markersize=4)
+def _title(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
+    axes.set_title(title)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
 
 
-def read_history(path: Path) -> list[dict[str, float]]:
-    """The rows of a history.csv; empty when there is none."""
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+def _ppo_curve(metric: str, title: str, ylabel: str) -> Plot:
+    def plot(axes: Axes, figures: Figures, colors: dict[str, str]) -> bool:
+        points = figures.histories["ppo"].get(metric)
+        if not points:
+            return False
+        _line(axes, points, colors["policy"])
+        _over_steps(axes, title, "PPO update", ylabel)
+        return True
+
+    return plot
+
+
+def _ppo_scores(axes: Axes, figures: Figures, colors: dict[str, str]) -> bool:
+    history = figures.histories["ppo"]
+    if "objective/scores" not in history:
+        return False
+    _line(axes, history["objective/scores"], colors["policy"], "proxy (reward model)")
+    if "objective/gold" in history:
+        _line(axes, history["objective/gold"], colors["sft"], f"gold ({figures.tree['gold']})", marker="s")
+    _over_steps(axes, "What PPO optimises, and what it is for", "PPO update", "mean score of a rollout")
+    axes.legend()
+    return True
+
+
+def _ppo_kl(axes: Axes, figures: Figures, colors: dict[str, str]) -> bool:
+    points = figures.histories["ppo"].get("objective/kl")
+    if not points:
+        return False
+    budget = figures.tree["kl_budget"]
+    _line(axes, points, colors["policy"])
+    axes.axhline(budget, color=colors["text"], lw=1.2, ls="--")
+    where = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+    axes.annotate("budget", (0.01, budget), (0, -13), **where)
+    values = [value for _, value in points]
+    axes.set_ylim(min(0.0, *values, 0.0), 1.08 * max(budget, *values))
+    _over_steps(axes, "KL to the SFT model during PPO", "PPO update", "nats per answer")
+    return True
+
+
+def _against_kl(axes: Axes, figures: Figures, colors: dict[str, str]) -> bool:
+    history = figures.histories["ppo"]
+    if not {"objective/scores", "objective/kl"} <= set(history):
+        return False
+    kl = dict(history["objective/kl"])
+    for metric, color, label, marker in (
+        ("objective/scores", "policy", "proxy (reward model)", "o"),
+        ("objective/gold", "sft", f"gold ({figures.tree['gold']})", "s"),
+    ):
+        # The estimate of a KL near 0 can fall below it.
+        points = sorted(
+            (math.sqrt(max(0.0, kl[step])), y) for step, y in history.get(metric, []) if step in kl
+        )
+        if points:
+            axes.scatter(*zip(*points, strict=True), s=26, color=colors[color], label=label, marker=marker)
+    title = "Proxy up and gold down would be over-optimisation"
+    _title(axes, title, "√KL to the SFT model, √nats per answer", "mean score of a rollout")
+    axes.legend()
+    return True
+
+
+def _training(stage: str, title: str, metrics: Mapping[str, str], ylabel: str) -> Plot:
+    """Curves of a supervised stage; `metrics` maps a column to its label."""
+
+    def plot(axes: Axes, figures: Figures, colors: dict[str, str]) -> bool:
+        history = figures.histories[stage]
+        found = {name: history[name] for name in metrics if name in history}
+        for name, points in found.items():
+            held_out = name.startswith("eval/")
+            style = {"lw": 2.2, "zorder": 3} if held_out else {"lw": 1.2, "marker": ""}
+            _line(axes, points, colors["policy" if held_out else "base"], metrics[name], **style)
+        _over_steps(axes, title, "optimizer step", ylabel)
+        if found:
+            axes.legend()
+        return bool(found)
+
+    return plot
+
+
+_LOSS = {"train/loss": "training", "eval/loss": "held out"}
+_ACCURACY = {"train/accuracy": "training", "eval/accuracy": "held out"}
+PLOTS: dict[str, Plot] = {
+    "gold": _scores("gold", "Gold score of each model"),
+    "proxy": _scores("proxy", "Proxy score (reward model) of each model"),
+    "gold_histogram": _gold_histogram,
+    "length_histogram": _length_histogram,
+    "ppo_scores": _ppo_scores,
+    "ppo_kl": _ppo_kl,
+    "ppo_reward": _ppo_curve(
+        "objective/rlhf_reward", "Score less the price of KL", "mean reward of a rollout"
+    ),
+    "ppo_length": _ppo_curve("rollout/response_length", "Length of answers during PPO", "tokens per answer"),
+    "gold_against_kl": _against_kl,
+    "sft_loss": _training("sft", "SFT loss", _LOSS, "nats per token"),
+    "reward_accuracy": _training("reward", "Reward model: pairs ordered right", _ACCURACY, "share of pairs"),
+}

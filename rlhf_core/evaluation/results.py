@@ -36,15 +36,13 @@ def summarise(
 ) -> Tree:
     """The tree of results.json. `kl` is log p_policy - log p_sft of each answer of the policy, in nats."""
     options = {"confidence": config.confidence, "samples": config.bootstrap_samples, "seed": seed}
-    base, sft, policy = (models[name] for name in MODELS)
-    comparison = {
-        "win_rate_vs_sft": win_rate(policy.gold, sft.gold, **options),
-        "win_rate_vs_base": win_rate(policy.gold, base.gold, **options),
-        "gold_difference": paired_difference(sft.gold, policy.gold, **options),
-        "proxy_difference": paired_difference(sft.proxy, policy.proxy, **options),
-        "length_difference": paired_difference(_lengths(sft.answers), _lengths(policy.answers), **options),
-        "kl": bootstrap_mean(kl, **options),
-    }
+    policy = models["policy"]
+    comparison = {"kl": bootstrap_mean(kl, **options)}
+    for name in ("sft", "base"):
+        other = models[name]
+        comparison[f"win_rate_over_{name}"] = win_rate(policy.gold, other.gold, **options)
+        comparison[f"gold_gain_over_{name}"] = paired_difference(other.gold, policy.gold, **options)
+        comparison[f"proxy_gain_over_{name}"] = paired_difference(other.proxy, policy.proxy, **options)
     return {
         "num_prompts": len(kl),
         "gold": config.gold,
@@ -66,12 +64,12 @@ def _describe(model: ModelResult, options: dict[str, Any]) -> Tree:
     return {
         "gold": asdict(bootstrap_mean(model.gold, **options)),
         "proxy": asdict(bootstrap_mean(model.proxy, **options)),
-        "length": sum(lengths) / len(lengths),
+        "length": asdict(bootstrap_mean(lengths, **options)),
         "eos_rate": sum(answer.finished for answer in model.answers) / len(texts),
         "distinct_1": distinct(texts, 1),
         "distinct_2": distinct(texts, 2),
-        "repeated_4gram": repeated_share(texts, 4),
-        "perplexity": perplexity(model.logprobs, lengths),
+        "repeated_4": repeated_share(texts, 4),
+        "base_perplexity": perplexity(model.logprobs, lengths),
     }
 
 
@@ -79,8 +77,7 @@ def flat_metrics(tree: Tree) -> dict[str, float]:
     """The metrics of the stage: eval/NAME, eval/NAME_low, eval/NAME_high, eval/NAME_MODEL."""
     metrics: dict[str, float] = {"eval/num_prompts": tree["num_prompts"]}
     for name, value in tree["comparison"].items():
-        short = "win_rate" if name == "win_rate_vs_sft" else name
-        metrics |= Interval(**value).as_metrics(f"eval/{short}")
+        metrics |= Interval(**value).as_metrics(f"eval/{name}")
     metrics["eval/kl_budget"] = tree["kl_budget"]
     for model, facts in tree["models"].items():
         for name, value in facts.items():
@@ -103,15 +100,11 @@ def rounded(value: Any) -> Any:
 def sample_rows(prompts: Sequence[Tree], models: dict[str, ModelResult], kl: Sequence[float]) -> list[Tree]:
     """One row per prompt: where it comes from, the three answers, their scores."""
     return [
-        {
-            "prompt": prompt["prompt"],
-            "source": prompt["source"],
-            "row": prompt["row"],
-            "answers": {name: models[name].answers[i].text for name in MODELS},
-            "gold": {name: rounded(models[name].gold[i]) for name in MODELS},
-            "proxy": {name: rounded(models[name].proxy[i]) for name in MODELS},
-            "length": {name: len(models[name].answers[i].token_ids) for name in MODELS},
-            "kl": rounded(kl[i]),
-        }
+        {"prompt": prompt["prompt"], "source": prompt["source"], "row": prompt["row"]}
+        | {name: models[name].answers[i].text for name in MODELS}
+        | {f"gold_{name}": rounded(models[name].gold[i]) for name in MODELS}
+        | {f"proxy_{name}": rounded(models[name].proxy[i]) for name in MODELS}
+        | {f"length_{name}": len(models[name].answers[i].token_ids) for name in MODELS}
+        | {"kl": rounded(kl[i])}
         for i, prompt in enumerate(prompts)
     ]

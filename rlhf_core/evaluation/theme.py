@@ -33,5 +33,7 @@ figure { margin: 0; padding: 8px; } figure img { width: 100%; height: auto; disp
 .answer { border-left: 3px solid var(--line); padding-left: 10px; min-width: 0; }
 .answer.sft { border-color: var(--sft); } .answer.policy { border-color: var(--policy); }
 .answer p { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
+@media (max-width: 720px) { th .soft { display: none; } td { white-space: normal; }
+  th, td { padding: 6px 8px; font-size: .88rem; } }
 footer { margin-top: 40px; border-top: 1px solid var(--line); padding-top: 16px; }
 """

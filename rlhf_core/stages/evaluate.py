@@ -1,179 +1,172 @@
-"""Stage `evaluate`: base, SFT and policy answer the same held-out prompts; what changed, with intervals.
+"""Stage `evaluate`: base, SFT and policy answer the same held-out prompts with the same random numbers.
 
-The gold judge never took part in training; the proxy is the reward model that PPO optimised.
+One model is in memory at a time. PPO optimised the reward model (proxy); the gold judge says what that was
+worth.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf_core.atomic import staged_dir
 from rlhf_core.config import Params
 from rlhf_core.data.rows import read_rows
-from rlhf_core.evaluation import html, plots
-from rlhf_core.evaluation.statistics import Interval, bootstrap_mean, win_rates
-from rlhf_core.evaluation.text_metrics import distinct, repeated_share
+from rlhf_core.errors import InputError
+from rlhf_core.evaluation.html import report_html
+from rlhf_core.evaluation.plots import Figures, draw_plots, read_history
+from rlhf_core.evaluation.results import MODELS, ModelResult, flat_metrics, rounded, sample_rows, summarise
 from rlhf_core.generation import Generation, generate
 from rlhf_core.labelers import make_labeler
 from rlhf_core.layout import Layout
 from rlhf_core.modeling.encoding import encode_prompt
-from rlhf_core.modeling.loading import load_policy
+from rlhf_core.modeling.loading import check_model_dir, load_policy
 from rlhf_core.modeling.logprobs import response_logprobs
 from rlhf_core.modeling.reward import load_reward_model
-from rlhf_core.stages.preferences import choose
 from rlhf_core.tracking import Tracker
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# "base" is what SFT starts from: for a model from scratch, the pretrained one.
 DIRECTORIES = {"base": "pretrained", "sft": "sft", "policy": "policy"}
-
-
-@dataclass
-class Answers:
-    """One model's answers to the held-out prompts, with what was measured of each."""
-
-    generations: list[Generation]
-    gold: list[float] = field(default_factory=list)
-    proxy: list[float] = field(default_factory=list)
-
-    @property
-    def texts(self) -> list[str]:
-        return [generation.text for generation in self.generations]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """All results; `intervals` by metric name, `numbers` are plain values."""
-
-    intervals: dict[str, Interval]
-    numbers: dict[str, float]
+EXTRA_STEPS = 7  # of the progress bar: three models measured, three scored, one report
+Row = dict[str, Any]
 
 
 def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
     config = params.evaluate
-    gold = make_labeler(config.gold, config.gold_target, params.run)
-    prompt_file = layout.prepared_file("prompts", "eval")
-    rows = choose(read_rows(prompt_file), config.num_prompts, params.run.seed + 1)
-    tracker.dataset("prompts", prompt_file, "evaluation")
-    answers = answer_all(rows, params, layout, tracker)
-    kl = kl_by_prompt(rows, answers["policy"], params, layout)
-    perplexity = {name: base_perplexity(rows, found, params, layout) for name, found in answers.items()}
+    # Before any answer is made: what is missing should not be found out minutes later.
+    labeler = make_labeler(config.gold, config.gold_target, params.run)
+    for name in (*DIRECTORIES.values(), "reward"):
+        check_model_dir(layout.model(name))
+    prompts = _choose_prompts(params, layout)
+    tracker.dataset("prompts", layout.prepared_file("prompts", "eval"), "evaluation")
+    answering = Answering(params, layout, prompts, tracker)
+    answering.run()
 
     scorer = load_reward_model(layout.model("reward"), params.run)
-    for found in answers.values():
-        found.gold = gold.score([row["prompt"] for row in rows], found.texts)
-        found.proxy = scorer.score([row["messages"] for row in rows], found.texts)
-    comparison = compare(answers, kl, perplexity, params)
-    samples = sample_rows(rows, answers)
-    with staged_dir(layout.evaluation) as out:
-        (out / "results.json").write_text(json.dumps(as_tree(comparison), indent=2) + "\n")
-        lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-        (out / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
-        pictures = plots.draw_all(out, answers, comparison.intervals, params, layout)
-        page = html.render(comparison, samples[: config.num_samples], pictures, params)
-        (out / "report.html").write_text(page, encoding="utf-8")
-    tracker.table("samples", samples[: config.num_samples])
+    conversations, asked = [row["messages"] for row in prompts], [row["prompt"] for row in prompts]
+    models = {}
+    for name in MODELS:
+        texts = [answer.text for answer in answering.answers[name]]
+        models[name] = ModelResult(
+            answers=answering.answers[name],
+            gold=labeler.score(asked, texts),
+            proxy=scorer.score(conversations, texts),
+            logprobs=answering.base_logprobs[name],
+        )
+        answering.advance("scored")
+    kl = answering.kl()
+    tree = rounded(summarise(models, kl, config, kl_budget=params.ppo.kl_budget, seed=params.run.seed))
+    samples = sample_rows(prompts, models, kl)
+    write_report(tree, samples, layout, config.num_samples)
     tracker.artifact(layout.evaluation)
-    return flat_metrics(comparison)
+    tracker.table("samples", [_sample_cells(row) for row in samples[: config.num_samples]])
+    answering.advance("report written")
+    return flat_metrics(tree)
 
 
-def answer_all(
-    rows: Sequence[dict[str, Any]], params: Params, layout: Layout, tracker: Tracker
-) -> dict[str, Answers]:
-    """The answers of each model, one model in memory at a time, all from the same random numbers."""
-    total = len(DIRECTORIES) * len(rows)
-    found = {}
-    for index, (name, directory) in enumerate(DIRECTORIES.items()):
-        model, tokenizer = load_policy(layout.model(directory), params.run)
-        grouped = generate(
+def _choose_prompts(params: Params, layout: Layout) -> list[Row]:
+    """`num_prompts` held-out prompts, or all there are, in an order given by the seed."""
+    path = layout.prepared_file("prompts", "eval")
+    rows = read_rows(path)
+    if not rows:
+        raise InputError(f"{path}: no held-out prompts; evaluate needs at least one (data.eval_fraction)")
+    count = min(params.evaluate.num_prompts, len(rows))
+    # A text of its own as the seed, so that it draws other prompts than the preferences stage.
+    return random.Random(f"evaluate {params.run.seed}").sample(rows, count)
+
+
+class Answering:
+    """The pass over the three models: their answers, and how likely these are under each other."""
+
+    def __init__(self, params: Params, layout: Layout, prompts: Sequence[Row], tracker: Tracker) -> None:
+        self.params, self.layout, self.tracker = params, layout, tracker
+        self.conversations = [row["messages"] for row in prompts]
+        self.answers: dict[str, list[Generation]] = {}
+        self.base_logprobs: dict[str, list[float]] = {}  # of each model's answers, under base
+        self._policy_logprobs: dict[str, list[float]] = {}  # of the policy's answers, under policy and SFT
+        self._steps = 0
+
+    def run(self) -> None:
+        # The policy first and the base last: each is opened once, when the answers it reads are there.
+        for name in ("policy", "sft", "base"):
+            model, tokenizer = load_policy(self.layout.model(DIRECTORIES[name]), self.params.run)
+            self.answers[name] = self._generate(name, model, tokenizer)
+            self._measure(name, model, tokenizer)
+            self.advance(f"{name} measured")
+            del model
+            gc.collect()
+
+    def kl(self) -> list[float]:
+        """log p_policy - log p_sft of each answer of the policy, at the sampling temperature, in nats.
+
+        Its mean estimates KL(policy || sft) per sequence; without bias only when top-k and top-p are off.
+        """
+        pairs = zip(self._policy_logprobs["policy"], self._policy_logprobs["sft"], strict=True)
+        return [ours - reference for ours, reference in pairs]
+
+    def advance(self, note: str) -> None:
+        self._steps += 1
+        self._show(len(self.answers) * len(self.conversations), note)
+
+    def _show(self, answered: int, note: str) -> None:
+        total = len(DIRECTORIES) * len(self.conversations) + EXTRA_STEPS
+        self.tracker.progress(answered + self._steps, total, note)
+
+    def _generate(
+        self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> list[Generation]:
+        config = self.params.evaluate
+        before = len(self.answers) * len(self.conversations)
+        groups = generate(
             model,
             tokenizer,
-            [row["messages"] for row in rows],
-            params.evaluate.sampling,
-            batch_size=params.evaluate.batch_size,
-            on_progress=lambda done, _, i=index, n=name: tracker.progress(i * len(rows) + done, total, n),
+            self.conversations,
+            config.sampling,
+            batch_size=config.batch_size,
+            on_progress=lambda done, total: self._show(before + done, f"{name} answers"),
         )
-        found[name] = Answers([group[0] for group in grouped])
-        del model
-        gc.collect()
-    return found
+        return [group[0] for group in groups]
+
+    def _measure(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        prompts = [encode_prompt(tokenizer, messages) for messages in self.conversations]
+
+        def sums(author: str, temperature: float) -> list[float]:
+            token_ids = [answer.token_ids for answer in self.answers[author]]
+            logprobs = response_logprobs(model, prompts, token_ids, temperature=temperature)
+            return [part.double().sum().item() for part in logprobs]
+
+        if name == "base":
+            self.base_logprobs = {author: sums(author, 1.0) for author in MODELS}
+        else:
+            self._policy_logprobs[name] = sums("policy", self.params.evaluate.sampling.temperature)
 
 
-def _logprobs(
-    rows: Sequence[dict[str, Any]], answers: Answers, directory: str, temperature: float, params: Params, layout: Layout
-) -> list[Any]:
-    model, tokenizer = load_policy(layout.model(directory), params.run)
-    prompts = [encode_prompt(tokenizer, row["messages"]) for row in rows]
-    responses = [list(generation.token_ids) for generation in answers.generations]
-    return response_logprobs(model, prompts, responses, temperature=temperature)
+def write_report(tree: Row, samples: list[Row], layout: Layout, num_samples: int) -> None:
+    """Fill reports/evaluation: results.json, samples.jsonl, the plots and report.html."""
+    histories = {stage: read_history(layout.history(stage)) for stage in ("sft", "reward", "ppo")}
+    figures = Figures(tree, samples, histories)
+    light, dark = draw_plots(figures, "light"), draw_plots(figures, "dark")
+    page = report_html(tree, samples, _reward_metrics(layout), light, dark, num_samples)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in samples]
+    with staged_dir(layout.evaluation) as out:
+        (out / "results.json").write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+        (out / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
+        (out / "report.html").write_text(page, encoding="utf-8")
+        for name, data in light.items():
+            (out / f"{name}.png").write_bytes(data)
 
 
-def kl_by_prompt(
-    rows: Sequence[dict[str, Any]], answers: Answers, params: Params, layout: Layout
-) -> list[float]:
-    """KL of the policy from SFT: log-ratio of each answer of the policy, summed over its tokens, in nats."""
-    temperature = params.evaluate.sampling.temperature
-    ours = _logprobs(rows, answers, "policy", temperature, params, layout)
-    theirs = _logprobs(rows, answers, "sft", temperature, params, layout)
-    return [float((a - b).sum()) for a, b in zip(ours, theirs)]
+def _reward_metrics(layout: Layout) -> dict[str, float]:
+    path = layout.metrics("reward")
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def base_perplexity(rows: Sequence[dict[str, Any]], answers: Answers, params: Params, layout: Layout) -> float:
-    """Perplexity per token of the answers under the base model: does it still look like language."""
-    import math
-
-    found = _logprobs(rows, answers, "pretrained", 1.0, params, layout)
-    return math.exp(-sum(float(part.sum()) for part in found) / sum(len(part) for part in found))
-
-
-def compare(
-    answers: dict[str, Answers], kl: Sequence[float], perplexity: dict[str, float], params: Params
-) -> Comparison:
-    config = params.evaluate
-    options = {"confidence": config.confidence, "samples": config.bootstrap_samples, "seed": params.run.seed}
-    intervals = {"kl": bootstrap_mean(kl, **options)}
-    numbers: dict[str, float] = {"num_prompts": len(kl), "kl_budget": params.ppo.kl_budget}
-    policy = answers["policy"]
-    for name, found in answers.items():
-        lengths = [float(len(generation.token_ids)) for generation in found.generations]
-        intervals[f"gold_{name}"] = bootstrap_mean(found.gold, **options)
-        intervals[f"proxy_{name}"] = bootstrap_mean(found.proxy, **options)
-        intervals[f"length_{name}"] = bootstrap_mean(lengths, **options)
-        numbers[f"eos_rate_{name}"] = sum(g.finished for g in found.generations) / len(lengths)
-        numbers[f"distinct_2_{name}"] = distinct(found.texts, 2)
-        numbers[f"repeated_3_{name}"] = repeated_share(found.texts, 3)
-        numbers[f"base_perplexity_{name}"] = perplexity[name]
-        if name == "policy":
-            continue
-        for judge in ("gold", "proxy"):
-            ours, theirs = getattr(policy, judge), getattr(found, judge)
-            gains = [a - b for a, b in zip(ours, theirs)]
-            intervals[f"{judge}_gain_over_{name}"] = bootstrap_mean(gains, **options)
-        intervals[f"win_rate_over_{name}"] = bootstrap_mean(win_rates(policy.gold, found.gold), **options)
-    return Comparison(intervals, numbers)
-
-
-def flat_metrics(comparison: Comparison) -> dict[str, float]:
-    metrics: dict[str, float] = {f"eval/{name}": value for name, value in comparison.numbers.items()}
-    for name, interval in comparison.intervals.items():
-        metrics[f"eval/{name}"] = interval.estimate
-        metrics[f"eval/{name}_low"] = interval.low
-        metrics[f"eval/{name}_high"] = interval.high
-    return dict(sorted(metrics.items()))
-
-
-def as_tree(comparison: Comparison) -> dict[str, Any]:
-    intervals = {name: asdict(interval) for name, interval in sorted(comparison.intervals.items())}
-    return {"intervals": intervals, "numbers": dict(sorted(comparison.numbers.items()))}
-
-
-def sample_rows(rows: Sequence[dict[str, Any]], answers: dict[str, Answers]) -> list[dict[str, Any]]:
-    """Prompt, answers and scores side by side, in the order the prompts were drawn: not picked by outcome."""
-    return [
-        {"prompt": row["prompt"]}
-        | {name: found.texts[i] for name, found in answers.items()}
-        | {f"{judge}_{name}": round(getattr(found, judge)[i], 4) for name, found in answers.items() for judge in ("gold", "proxy")}
-        for i, row in enumerate(rows)
-    ]
+def _sample_cells(row: Row) -> Row:
+    names = ("prompt", *MODELS, *(f"{judge}_{name}" for judge in ("gold", "proxy") for name in MODELS))
+    return {name: row[name] for name in names}

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from rlhf_core.evaluation.statistics import (
     Interval,
     accuracy_with_interval,
-    length_baseline_accuracy,
     bootstrap_mean,
+    length_baseline_accuracy,
     paired_difference,
     wilson,
     win_rate,
