@@ -21,15 +21,15 @@ if "PREFECT_API_URL" not in os.environ:
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "ERROR")
 
-from prefect import flow, task  # noqa: E402
-from prefect.cache_policies import NO_CACHE  # noqa: E402
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
 
-from rlhf_core.config import load_params  # noqa: E402
-from rlhf_core.errors import RLHFError  # noqa: E402
-from rlhf_core.layout import Layout  # noqa: E402
-from rlhf_core.report import run_report  # noqa: E402
-from rlhf_core.stages import STAGES  # noqa: E402
-from tasks import registry, stages, workspace  # noqa: E402
+from rlhf_core.config import load_params
+from rlhf_core.errors import RLHFError
+from rlhf_core.layout import Layout
+from rlhf_core.report import run_report
+from rlhf_core.stages import STAGES
+from tasks import registry, stages, workspace
 
 
 def worth_retrying(task_object: Any, run: Any, state: Any) -> bool:

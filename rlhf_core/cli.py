@@ -6,11 +6,13 @@ as modules of their own.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -19,6 +21,9 @@ from rlhf_core.commands.data import app as data_app
 from rlhf_core.errors import RLHFError
 from rlhf_core.layout import Layout
 from rlhf_core.stages import STAGES
+
+if TYPE_CHECKING:
+    from rlhf_core.config import Params
 
 app = typer.Typer(
     help="Reinforcement learning from human feedback, from text to a registered policy.",
@@ -52,17 +57,22 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
+PARENT_DEATH_VARIABLE = "RLHF_DIE_WITH_PARENT"
+PR_SET_PDEATHSIG = 1
+
 Overrides = Annotated[
     list[str] | None, typer.Option("-S", "--set", help="section.key=value; may be repeated.")
 ]
 Profile = Annotated[str, typer.Option(help="A profile of configs/profiles to apply first: default or smoke.")]
 
 
-def _stage_command(stage: str):
+def _stage_command(stage: str) -> Callable[[], None]:
     def command() -> None:
         from rlhf_core.config import load_params
         from rlhf_core.stages.runner import run_stage
 
+        if PARENT_DEATH_VARIABLE in os.environ:
+            die_with_parent()
         layout = Layout.here()
         params = load_params(layout.params)
         if not _names_hub(params):
@@ -74,7 +84,13 @@ def _stage_command(stage: str):
     return command
 
 
-def _names_hub(params) -> bool:
+def die_with_parent() -> None:
+    """Be told by SIGTERM when the parent dies, also by SIGKILL, so that no training goes on unseen (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _names_hub(params: Params) -> bool:
     sources = (*params.data.demonstrations, *params.data.preferences, *params.data.prompts)
     return params.model.source == "hub" or any(source.startswith("hub:") for source in sources)
 

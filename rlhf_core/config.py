@@ -190,8 +190,8 @@ class PreferencesConfig(Section):
         most = self.responses_per_prompt * (self.responses_per_prompt - 1) // 2
         if self.pairs_per_prompt > most:
             raise ValueError(
-                f"preferences.pairs_per_prompt ({self.pairs_per_prompt}) must be at most {most}, the pairs among "
-                f"preferences.responses_per_prompt ({self.responses_per_prompt}) answers"
+                f"preferences.pairs_per_prompt ({self.pairs_per_prompt}) must be at most {most}, the pairs "
+                f"among preferences.responses_per_prompt ({self.responses_per_prompt}) answers"
             )
         _check_target("preferences.labeler", self.labeler, self.labeler_target)
         return self

@@ -18,7 +18,7 @@ from rlhf_core.config import SamplingConfig
 from rlhf_core.modeling.encoding import encode_prompt
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _left_pad(prompts: list[list[int]], pad_token_id: int) -> tuple[Tensor, Tens
     return torch.tensor(rows), mask
 
 
-def _prefill(model: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> tuple[Tensor, object]:
+def _prefill(model: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> tuple[Tensor, DynamicCache]:
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
@@ -152,7 +152,7 @@ def _prefill(model: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> tuple[T
 
 
 def _forward(
-    model: PreTrainedModel, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: object
+    model: PreTrainedModel, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache
 ) -> Tensor:
     """Logits (B, V) after the last position."""
     hidden = model.base_model(

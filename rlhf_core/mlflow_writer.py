@@ -1,7 +1,7 @@
 """Writing one stage's run to MLflow from a thread, and where MLflow's store is.
 
-SQLite below the workspace unless MLFLOW_TRACKING_URI says otherwise. With RLHF_TRACKING=off nothing is written.
-No result depends on any of this: a store that cannot be reached costs a warning.
+SQLite below the workspace unless MLFLOW_TRACKING_URI says otherwise. With RLHF_TRACKING=off nothing is
+written. No result depends on any of this: a store that cannot be reached costs a warning.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def experiment_id(client: Any, root: Path) -> str:
         if found is not None:
             return found.experiment_id
         try:
-            return client.create_experiment(EXPERIMENT, artifact_location=f"file://{root.resolve()}/mlartifacts")
+            return client.create_experiment(
+                EXPERIMENT, artifact_location=f"file://{root.resolve()}/mlartifacts"
+            )
         except MlflowException:
             continue  # somebody else was first
     return client.get_experiment_by_name(EXPERIMENT).experiment_id
@@ -100,7 +102,10 @@ class MlflowWriter:
         self._jobs.put(None)
         self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive() or self._fault is not None:
-            print(f"warning: MLflow did not take all of {self._stage}: {self._fault or 'too slow'}", file=sys.stderr)
+            print(
+                f"warning: MLflow did not take all of {self._stage}: {self._fault or 'too slow'}",
+                file=sys.stderr,
+            )
 
     def _work(self) -> None:
         try:
@@ -129,7 +134,8 @@ class MlflowWriter:
             self._client.log_batch(self._run_id, metrics=batch)
 
     def _open_run(self) -> str:
-        """The run of this stage: a child of the flow's run; a retry under the same parent goes on with its run."""
+        """The run of this stage: a child of the flow's run; a retry under the same parent goes on with its
+        run."""
         from mlflow.entities import Param
 
         parent = os.environ.get(PARENT_VARIABLE, "")
@@ -156,7 +162,9 @@ class MlflowWriter:
             digest = hashlib.file_digest(file, "md5").hexdigest()
         frame = pd.read_parquet(path).head(1000)
         source = str(path.relative_to(self._root)) if path.is_relative_to(self._root) else str(path)
-        found = mlflow.data.from_pandas(frame.drop(columns=["messages"]), source=source, name=name, digest=digest)
+        found = mlflow.data.from_pandas(
+            frame.drop(columns=["messages"]), source=source, name=name, digest=digest
+        )
         entry = DatasetInput(found._to_mlflow_entity(), [InputTag("mlflow.data.context", context)])
         self._client.log_inputs(self._run_id, [entry])
 

@@ -1,7 +1,7 @@
 """The policy as an MLflow model that answers chat requests, and how it is logged.
 
-A request is `{"messages": [...]}` with optional temperature, top_k, top_p, max_tokens and seed; the reply has the
-form of an OpenAI chat completion.
+A request is `{"messages": [...]}` with optional temperature, top_k, top_p, max_tokens and seed; the reply
+has the form of an OpenAI chat completion.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import mlflow
 from mlflow.models import ModelSignature
 from mlflow.types.schema import Array, ColSpec, DataType, Object, Property, Schema
 
-DEFAULTS = {"temperature": 0.7, "top_k": 0, "top_p": 1.0, "max_tokens": 64, "seed": 0}
+DEFAULTS: dict[str, Any] = {"temperature": 0.7, "top_k": 0, "top_p": 1.0, "max_tokens": 64, "seed": 0}
 EXAMPLE = {"messages": [{"role": "user", "content": "What do you like to do on weekends?"}], "max_tokens": 32}
 
 
@@ -40,7 +40,9 @@ class ChatPolicy(mlflow.pyfunc.PythonModel):
         from rlhf_core.generation import generate
         from rlhf_core.modeling.encoding import encode_prompt
 
-        values = {name: request.get(name) if request.get(name) is not None else DEFAULTS[name] for name in DEFAULTS}
+        values: dict[str, Any] = {
+            name: DEFAULTS[name] if request.get(name) is None else request[name] for name in DEFAULTS
+        }
         sampling = SamplingConfig(
             temperature=values["temperature"],
             top_k=int(values["top_k"]),
@@ -93,12 +95,22 @@ def completion(answer: Any, prompt_tokens: int) -> dict[str, Any]:
 
 def signature() -> ModelSignature:
     message = Object([Property("role", DataType.string), Property("content", DataType.string)])
-    options = {"temperature": "double", "top_k": "long", "top_p": "double", "max_tokens": "long", "seed": "long"}
+    options = {
+        "temperature": "double",
+        "top_k": "long",
+        "top_p": "double",
+        "max_tokens": "long",
+        "seed": "long",
+    }
     inputs = [ColSpec(Array(message), "messages")]
     inputs += [ColSpec(DataType[kind], name, required=False) for name, kind in options.items()]
     usage = [Property(n, DataType.long) for n in ("prompt_tokens", "completion_tokens", "total_tokens")]
     choice = Object(
-        [Property("index", DataType.long), Property("message", message), Property("finish_reason", DataType.string)]
+        [
+            Property("index", DataType.long),
+            Property("message", message),
+            Property("finish_reason", DataType.string),
+        ]
     )
     outputs = [
         ColSpec(DataType.string, "id"),
@@ -114,7 +126,10 @@ def signature() -> ModelSignature:
 def log_policy(directory: Path, registered_name: str) -> Any:
     """Log the policy in `directory` to the active MLflow run, and register it as `registered_name`."""
     tokenizer_config = (directory / "chat_template.jinja").read_text(encoding="utf-8")
-    pins = [f"{name}=={version(name).partition('+')[0]}" for name in ("torch", "transformers", "mlflow", "pydantic")]
+    pins = [
+        f"{name}=={version(name).partition('+')[0]}"
+        for name in ("torch", "transformers", "mlflow", "pydantic")
+    ]
     return mlflow.pyfunc.log_model(
         name="policy",
         python_model=str(Path(__file__).with_name("serving_entry.py")),

@@ -78,7 +78,9 @@ class Tracker:
         """Show a bar with the time left on stderr, and keep run_dir/progress.json current."""
         if self._bar is None or self._bar.total != total:
             self.close_bar()
-            self._bar = tqdm(total=total, desc=self.stage, file=sys.stderr, dynamic_ncols=True, mininterval=1.0)
+            self._bar = tqdm(
+                total=total, desc=self.stage, file=sys.stderr, dynamic_ncols=True, mininterval=1.0
+            )
         self._bar.set_postfix_str(note, refresh=False)
         self._bar.update(done - self._bar.n)
         if done >= total or time.monotonic() - self._last_progress > 1.0:

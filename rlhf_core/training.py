@@ -1,4 +1,5 @@
-"""The loop that pre-training, SFT and reward-model training share: seeded order, exact resume, one denominator a step.
+"""The loop that pre-training, SFT and reward-model training share: seeded order, exact resume, one
+denominator a step.
 
 What differs between them is a `Task`: how a batch of rows becomes a summed loss, and how to evaluate.
 """
@@ -85,7 +86,8 @@ def train(
     *,
     seed: int,
 ) -> None:
-    """Train `parameters` on `rows` for `schedule.num_steps`; goes on from the newest checkpoint of the same run."""
+    """Train `parameters` on `rows` for `schedule.num_steps`; goes on from the newest checkpoint of the same
+    run."""
     optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=0.0)
     first = _resume(optimizer, parameters, checkpoints, tracker)
     last_saved = started = time.monotonic()
@@ -112,7 +114,8 @@ def train_step(
     schedule: Schedule,
     step: int,
 ) -> dict[str, float]:
-    """One optimizer step over `batch`, a micro-batch at a time, divided once by the weight of the whole batch."""
+    """One optimizer step over `batch`, a micro-batch at a time, divided once by the weight of the whole
+    batch."""
     weight = task.weight(batch)
     sums: list[Mapping[str, Tensor]] = []
     ordered = sorted(batch, key=task.length)

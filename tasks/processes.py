@@ -1,30 +1,31 @@
-"""The one way to run a command: its own process group, output streamed, a time limit, and nothing left behind.
+"""The one way to run a command: its own process group, output streamed, a time limit, and nothing left
+behind.
 
-DVC starts the stage it runs as a process of its own; a signal to DVC alone would leave the training running. So
-the whole tree is ended: TERM, some seconds of grace, KILL.
+DVC starts the stage it runs as a process of its own; a signal to DVC alone would leave the training running.
+So the whole tree is ended: TERM, some seconds of grace, KILL.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import selectors
 import signal
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import psutil
+
+from rlhf_core.cli import die_with_parent
 
 GRACE_SECONDS = 15.0  # below the 30 s after which Prefect kills a cancelled run
 PROGRESS_SECONDS = 10.0  # between two forwarded states of one progress bar
 TAIL_LINES = 40
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ def run_command(
 ) -> Finished:
     """Run `command` to its end or for `time_limit` seconds.
 
-    Each line goes to `on_line` (progress bars thinned), all output to `log_file`; `on_tick` is called about once a
+    Each line goes to `on_line` (progress bars thinned), all output to `log_file`; `on_tick` is called about
+    once a
     second. However this function is left, also by an exception or a cancelled task, no process stays behind.
     """
     log_file.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +62,7 @@ def run_command(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+        preexec_fn=die_with_parent,
     )
     deadline = time.monotonic() + time_limit
     tail: deque[str] = deque(maxlen=TAIL_LINES)
@@ -76,19 +78,14 @@ def run_command(
     return Finished(process.returncode, "\n".join(tail), timed_out)
 
 
-def _die_with_parent() -> None:
-    """In the child: a KILL of the parent, which runs no clean-up, ends the child too (Linux)."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
 def _lines(
-    process: subprocess.Popen, log, deadline: float, on_tick: Callable[[], None] | None
+    process: subprocess.Popen, log: BinaryIO, deadline: float, on_tick: Callable[[], None] | None
 ) -> Iterator[str]:
-    """Lines until the output ends or the deadline passes. A bar's states end with a carriage return."""
+    """Lines until the command is done or the deadline passes."""
     assert process.stdout is not None
     os.set_blocking(process.stdout.fileno(), False)
-    buffer = b""
-    last_progress = last_tick = 0.0
+    splitter = LineSplitter()
+    last_tick = 0.0
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
         while time.monotonic() < deadline:
@@ -96,27 +93,39 @@ def _lines(
             if on_tick and time.monotonic() - last_tick > 1.0:
                 last_tick = time.monotonic()
                 on_tick()
-            if not ready:
-                if process.poll() is not None:
-                    return  # a grandchild may hold the pipe open; the command itself is done
-                continue
-            chunk = process.stdout.read(65536)
-            if not chunk:
-                process.wait(timeout=max(0.0, deadline - time.monotonic()) or None)
-                break
-            log.write(chunk)
-            log.flush()
-            *complete, buffer = (buffer + chunk).replace(b"\r\n", b"\n").replace(b"\r", b"\n\r").split(b"\n")
-            for raw in complete:
-                text = raw.decode("utf-8", "replace")
-                if text.startswith("\r"):
-                    if time.monotonic() - last_progress < PROGRESS_SECONDS:
-                        continue
-                    last_progress = time.monotonic()
-                if text.strip():
-                    yield text.strip()
-    if buffer.strip():
-        yield buffer.decode("utf-8", "replace").strip()
+            chunk = process.stdout.read(65536) if ready else b""
+            if chunk:
+                log.write(chunk)
+                log.flush()
+                yield from splitter.feed(chunk)
+            elif process.poll() is not None:
+                break  # a grandchild may still hold the pipe open; the command itself is done
+            elif ready:
+                time.sleep(0.1)  # the pipe is closed, and the command goes on without it
+    yield from splitter.feed(b"\n")
+
+
+class LineSplitter:
+    """Cuts output into lines. A progress bar's states end with a carriage return; most of them are dropped."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._last_progress = 0.0
+
+    def feed(self, chunk: bytes) -> Iterator[str]:
+        marked = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n\r")
+        *complete, self._rest = (self._rest + marked).split(b"\n")
+        for raw in complete:
+            text = raw.decode("utf-8", "replace")
+            if text.strip() and not (text.startswith("\r") and self._too_soon()):
+                yield text.strip()
+
+    def _too_soon(self) -> bool:
+        now = time.monotonic()
+        if now - self._last_progress < PROGRESS_SECONDS:
+            return True
+        self._last_progress = now
+        return False
 
 
 def end_tree(process: subprocess.Popen, grace: float = GRACE_SECONDS) -> None:

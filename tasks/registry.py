@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from mlflow.exceptions import MlflowException
 
 from rlhf_core.config import Params
 from rlhf_core.layout import Layout
@@ -45,7 +47,8 @@ def parent_run(root: Path, params: Params, name: str) -> Iterator[ParentRun]:
         status = "FAILED" if isinstance(error, Exception) else "KILLED"
         raise
     finally:
-        client.set_terminated(run_id, status)
+        with contextlib.suppress(MlflowException):  # a store that is gone must not hide what ended the flow
+            client.set_terminated(run_id, status)
 
 
 def lineage(root: Path) -> dict[str, str]:
@@ -68,7 +71,8 @@ def lineage(root: Path) -> dict[str, str]:
 
 
 def register_policy(root: Path, params: Params, parent: ParentRun) -> str:
-    """Register models/policy as a new version with alias `candidate`; the same policy is not registered twice.
+    """Register models/policy as a new version with alias `candidate`; the same policy is not registered
+    twice.
 
     Returns "NAME version N".
     """
@@ -107,7 +111,13 @@ def evaluation_tags(root: Path) -> dict[str, str]:
     """The evaluation's main numbers, and the versions of reward model and base."""
     layout = Layout(root)
     found = json.loads(layout.metrics("evaluate").read_text()) if layout.metrics("evaluate").is_file() else {}
-    names = ("win_rate_over_sft", "win_rate_over_sft_low", "gold_gain_over_sft", "gold_gain_over_sft_low", "kl")
+    names = (
+        "win_rate_over_sft",
+        "win_rate_over_sft_low",
+        "gold_gain_over_sft",
+        "gold_gain_over_sft_low",
+        "kl",
+    )
     tags = {f"eval.{name}": str(found.get(f"eval/{name}")) for name in names}
     provenance = layout.model("base") / "provenance.json"
     return tags | ({"base": provenance.read_text()[:4000]} if provenance.is_file() else {})

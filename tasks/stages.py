@@ -19,7 +19,7 @@ from prefect.artifacts import (
 )
 from prefect.logging import get_run_logger
 
-from rlhf_core.cli import QUIET
+from rlhf_core.cli import PARENT_DEATH_VARIABLE, QUIET
 from rlhf_core.config import Params
 from rlhf_core.layout import Layout
 from rlhf_core.mlflow_writer import PARENT_VARIABLE
@@ -71,12 +71,14 @@ def run_stage(root: Path, stage: str, params: Params, parent_run_id: str = "") -
 
 
 def stage_environment(root: Path, params: Params, parent_run_id: str) -> dict[str, str]:
-    """This process's environment with telemetry off, the hub off unless named, and our programs first on PATH."""
+    """This process's environment with telemetry off, the hub off unless named, and our programs first on
+    PATH."""
     bin_dir = str(Path(sys.executable).parent)
     env = {**QUIET, **os.environ, "PATH": f"{bin_dir}{os.pathsep}{os.environ.get('PATH', '')}"}
     sources = (*params.data.demonstrations, *params.data.preferences, *params.data.prompts)
     if params.model.source != "hub" and not any(source.startswith("hub:") for source in sources):
         env["HF_HUB_OFFLINE"] = "1"
+    env[PARENT_DEATH_VARIABLE] = "1"
     if parent_run_id:
         env[PARENT_VARIABLE] = parent_run_id
     return env
@@ -112,7 +114,7 @@ class Progress:
         self._show(100.0)
 
     def _show(self, percent: float) -> None:
-        if percent - self._shown < 5.0 and percent < 100.0 or percent == self._shown:
+        if (percent - self._shown < 5.0 and percent < 100.0) or percent == self._shown:
             return
         self._shown = percent
         if self._artifact is None:
@@ -133,13 +135,19 @@ def show(result: StageResult, layout: Layout) -> None:
         create_table_artifact(_read_list(path), key=key, description=f"Rows shown by {result.stage}")
     report = {"validate": layout.validation / "index.html", "evaluate": layout.evaluation / "report.html"}
     if (page := report.get(result.stage)) and page.is_file():
-        create_link_artifact(page.resolve().as_uri(), link_text=f"{result.stage} report", key=f"{result.stage}-report")
+        create_link_artifact(
+            page.resolve().as_uri(), link_text=f"{result.stage} report", key=f"{result.stage}-report"
+        )
 
 
 def show_links(root: Path, tracking_uri: str, run_id: str, experiment: str) -> None:
     """Where the run lies in MLflow."""
     if tracking_uri.startswith("http"):
-        create_link_artifact(f"{tracking_uri}/#/experiments/{experiment}/runs/{run_id}", key="mlflow-run", link_text="MLflow run")
+        create_link_artifact(
+            f"{tracking_uri}/#/experiments/{experiment}/runs/{run_id}",
+            key="mlflow-run",
+            link_text="MLflow run",
+        )
     else:
         text = f"MLflow run `{run_id}` in `{tracking_uri}`; `make up` shows it in a browser."
         create_markdown_artifact(text, key="mlflow-run", description="Where this run is tracked")

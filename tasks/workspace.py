@@ -31,11 +31,13 @@ def check_workspace(root: Path) -> None:
     if not (root / "dvc.yaml").is_file():
         raise InputError(f"{root}: no dvc.yaml here; run this in the directory of the project")
     inside = subprocess.run(["git", "rev-parse", "--git-dir"], cwd=root, capture_output=True, check=False)
-    no_scm = (root / ".dvc" / "config").is_file() and "no_scm = true" in (root / ".dvc" / "config").read_text().lower()
+    no_scm = (root / ".dvc" / "config").is_file() and "no_scm = true" in (
+        root / ".dvc" / "config"
+    ).read_text().lower()
     if inside.returncode != 0 and not no_scm:
         raise InputError(
-            f"{root}: not in a git repository, and DVC keeps its versions in git; clone the project with git, "
-            "or run `git init && git add -A && git commit -m start` here"
+            f"{root}: not in a git repository, and DVC keeps its versions in git; clone the project with "
+            "git, or run `git init && git add -A && git commit -m start` here"
         )
 
 
@@ -50,7 +52,9 @@ def exclusive(root: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "unknown"
-            raise BusyError(f"{root}: another run works here (process {holder}); wait for it, or stop it") from None
+            raise BusyError(
+                f"{root}: another run works here (process {holder}); wait for it, or stop it"
+            ) from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

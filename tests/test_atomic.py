@@ -20,9 +20,14 @@ def test_failed_staged_dir_leaves_what_stood_there(tmp_path, error):
     final = tmp_path / "sft"
     final.mkdir()
     (final / "old").write_text("kept")
-    with pytest.raises(error), staged_dir(final) as out:
-        (out / "new").write_text("half")
-        raise error
+
+    def fail():
+        with staged_dir(final) as out:
+            (out / "new").write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        fail()
     assert [p.name for p in tmp_path.iterdir()] == ["sft"]
     assert (final / "old").read_text() == "kept"
 
@@ -38,10 +43,16 @@ def test_leftovers_of_a_killed_process_are_swept(tmp_path):
 
 @pytest.mark.parametrize(
     "error",
-    [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), RuntimeError("I/O error: No space left on device (os error 28)")],
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+    ],
 )
 def test_full_disk_is_one_clear_error_that_names_the_path(tmp_path, error):
-    with pytest.raises(DiskFullError, match=r"sft: the disk is full .* nothing was replaced"), staged_dir(tmp_path / "sft"):
+    with (
+        pytest.raises(DiskFullError, match=r"sft: the disk is full .* nothing was replaced"),
+        staged_dir(tmp_path / "sft"),
+    ):
         raise error
     assert not list(tmp_path.iterdir())
 

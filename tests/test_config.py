@@ -38,17 +38,37 @@ def change(tree, key, value):
     ("key", "value", "message"),
     [
         ("ppo.cliprange", 1.5, "ppo.cliprange = 1.5: Input should be less than 1"),
-        ("ppo.micro_batch_size", 5, r"ppo.minibatch_size \(16\) must be a multiple of ppo.micro_batch_size \(5\)"),
-        ("sft.micro_batch_size", 7, r"sft.batch_size \(\d+\) must be a multiple of sft.micro_batch_size \(7\)"),
+        (
+            "ppo.micro_batch_size",
+            5,
+            r"ppo.minibatch_size \(16\) must be a multiple of ppo.micro_batch_size \(5\)",
+        ),
+        (
+            "sft.micro_batch_size",
+            7,
+            r"sft.batch_size \(\d+\) must be a multiple of sft.micro_batch_size \(7\)",
+        ),
         ("ppo.sampling.top_k", 50, r"ppo.sampling.top_k \(50\) must be 0"),
         ("ppo.sampling.top_p", 0.9, r"ppo.sampling.top_p \(0.9\) must be 1"),
-        ("model.source", "scratch", r"pretrain.num_steps \(0\) must be positive when model.source is scratch"),
+        (
+            "model.source",
+            "scratch",
+            r"pretrain.num_steps \(0\) must be positive when model.source is scratch",
+        ),
         ("model.source", "hub", "model.name must name the model when model.source is hub"),
         ("model.source", "gguf", "model.source = 'gguf': Input should be 'package'"),
         ("preferences.pairs_per_prompt", 99, r"preferences.pairs_per_prompt \(99\) must be at most"),
         ("preferences.labeler", "judge", "preferences.labeler_target must say which one"),
-        ("evaluate.gold_target", "x:y", r"evaluate.gold_target \('x:y'\) must be empty when evaluate.gold is vader"),
-        ("data.min_prompt_chars", 999, r"data.min_prompt_chars \(999\) must not exceed data.max_prompt_chars"),
+        (
+            "evaluate.gold_target",
+            "x:y",
+            r"evaluate.gold_target \('x:y'\) must be empty when evaluate.gold is vader",
+        ),
+        (
+            "data.min_prompt_chars",
+            999,
+            r"data.min_prompt_chars \(999\) must not exceed data.max_prompt_chars",
+        ),
         ("run.seed", -1, "run.seed = -1: Input should be greater than or equal to 0"),
         ("ppo.learning_rate", float("nan"), "ppo.learning_rate = nan: Input should be"),
         ("sft.num_epochs", "many", "sft.num_epochs = 'many': Input should be a valid integer"),
@@ -76,7 +96,9 @@ def test_params_are_frozen(params):
 
 def test_overrides_change_the_file_and_keep_its_comments(file):
     before = file.read_text()
-    params = change_params(file, parse_overrides(["ppo.kl_coef=1e-1", "data.prompts=[a.jsonl, b.csv]", "run.seed=7"]))
+    params = change_params(
+        file, parse_overrides(["ppo.kl_coef=1e-1", "data.prompts=[a.jsonl, b.csv]", "run.seed=7"])
+    )
     assert params.ppo.kl_coef == 0.1
     assert params.data.prompts == ("a.jsonl", "b.csv")
     assert load_params(file) == params
@@ -106,7 +128,11 @@ def test_bad_override_is_refused(text, message):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("a: [", "not valid YAML"), ("- 1", "must hold sections, found list"), ("", "must hold sections, found NoneType")],
+    [
+        ("a: [", "not valid YAML"),
+        ("- 1", "must hold sections, found list"),
+        ("", "must hold sections, found NoneType"),
+    ],
 )
 def test_unreadable_file_is_named(tmp_path, content, message):
     path = tmp_path / "params.yaml"

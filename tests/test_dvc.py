@@ -12,8 +12,8 @@ from rlhf_core.config import Params
 from rlhf_core.layout import Layout
 from rlhf_core.stages import STAGES
 
-# Changes here cannot change an output: reporting, the frame around stages, and the shape of params.yaml, whose
-# values DVC compares by itself.
+# Changes here cannot change an output: reporting, the frame around stages, and the shape of params.yaml,
+# whose values DVC compares by itself.
 NOT_IN_RESULTS = {
     "rlhf_core",
     "rlhf_core.atomic",

@@ -9,7 +9,9 @@ from rlhf_core.modeling.encoding import encode_prompt
 from rlhf_core.modeling.loading import load_policy
 
 RUN = RunConfig(seed=0, device="cpu", precision="float32")
-CHATS = [[{"role": "user", "content": text}] for text in ("hello", "how are you today my friend?", "no", "rain")]
+CHATS = [
+    [{"role": "user", "content": text}] for text in ("hello", "how are you today my friend?", "no", "rain")
+]
 
 
 def sampling(**changes):
@@ -30,7 +32,9 @@ def test_same_seed_same_texts_whatever_the_batch_size(loaded):
     model, tokenizer = loaded
     whole = generate(model, tokenizer, CHATS, sampling(), samples_per_prompt=3, batch_size=64)
     for size in (1, 3, 7):
-        assert texts(generate(model, tokenizer, CHATS, sampling(), samples_per_prompt=3, batch_size=size)) == texts(whole)
+        assert texts(
+            generate(model, tokenizer, CHATS, sampling(), samples_per_prompt=3, batch_size=size)
+        ) == texts(whole)
     assert texts(generate(model, tokenizer, CHATS, sampling(seed=6), samples_per_prompt=3)) != texts(whole)
 
 
@@ -97,4 +101,6 @@ def test_top_p_keeps_the_smallest_set_that_holds_the_mass():
 
 
 def test_temperature_divides_the_logits():
-    torch.testing.assert_close(filter_logits(torch.tensor([[1.0, 2.0]]), sampling(temperature=0.5)), torch.tensor([[2.0, 4.0]]))
+    torch.testing.assert_close(
+        filter_logits(torch.tensor([[1.0, 2.0]]), sampling(temperature=0.5)), torch.tensor([[2.0, 4.0]])
+    )

@@ -24,7 +24,9 @@ def chat(
         str, typer.Option(help="base, sft, policy, a directory, or models:/rlhf-policy@candidate.")
     ] = "policy",
     compare: Annotated[bool, typer.Option(help="Answers of SFT and of the model side by side.")] = False,
-    message: Annotated[str, typer.Option("--message", "-m", help="One message, then end; - reads it from stdin.")] = "",
+    message: Annotated[
+        str, typer.Option("--message", "-m", help="One message, then end; - reads it from stdin.")
+    ] = "",
     temperature: Annotated[float, typer.Option(help="Logits are divided by it.", min=0.01)] = 0.7,
     top_k: Annotated[int, typer.Option(help="0 = off.", min=0)] = 0,
     top_p: Annotated[float, typer.Option(help="1 = off.", min=0.01, max=1.0)] = 0.95,
@@ -84,7 +86,11 @@ def find_model(name: str, layout: Layout) -> Path:
     path = layout.model(name) if name in NAMES else Path(name)
     if not path.is_dir():
         stage = {"pretrained": "pretrain", "policy": "ppo"}.get(name, name)
-        how = f"`rlhf run` makes it (stage {stage})" if name in NAMES else f"name one of {', '.join(NAMES)} or a directory"
+        how = (
+            f"`rlhf run` makes it (stage {stage})"
+            if name in NAMES
+            else f"name one of {', '.join(NAMES)} or a directory"
+        )
         raise InputError(f"--model {name}: there is no {path}; {how}")
     return path
 

@@ -21,13 +21,15 @@ def data() -> None:
 def check(
     files: Annotated[list[Path], typer.Argument(help="JSONL, CSV or Parquet files.")],
     kind: Annotated[
-        str, typer.Option(help="demonstrations, preferences or prompts; found from the columns when not given.")
+        str,
+        typer.Option(help="demonstrations, preferences or prompts; found from the columns when not given."),
     ] = "",
     tokenizer: Annotated[
         Path | None, typer.Option(help="Model directory that counts tokens; models/base when it is there.")
     ] = None,
 ) -> None:
-    """Check rows for what would harm training. Names file and line of each bad row; exits 1 when there is one."""
+    """Check rows for what would harm training. Names file and line of each bad row; exits 1 when there is
+    one."""
     from rich.console import Console
 
     from rlhf_core.data.rows import KINDS
@@ -40,7 +42,9 @@ def check(
     bad = sum(len(outcomes["rows"]) for outcomes in results.values())
     for outcomes in results.values():
         for row in outcomes["rows"][:SHOWN_ROWS]:
-            console.print(f"{row['file']}:{row['line']}: {row['reason']}: {row['text']!r}", markup=False, soft_wrap=True)
+            console.print(
+                f"{row['file']}:{row['line']}: {row['reason']}: {row['text']!r}", markup=False, soft_wrap=True
+            )
         if len(outcomes["rows"]) > SHOWN_ROWS:
             console.print(f"... and {len(outcomes['rows']) - SHOWN_ROWS} more bad rows")
     console.print(_summary(results))
@@ -78,7 +82,10 @@ def check_files(files: list[Path], kind: str, tokenizer: Path | None) -> dict[st
             outcomes = run_suite(frame, suite(found, "file", params.validate_), path.name)
         for outcome in outcomes:
             if outcome.critical:
-                bad += [_bad(path, r["row"], f"expected that {outcome.rule.meaning}", r["text"]) for r in outcome.bad_rows]
+                bad += [
+                    _bad(path, r["row"], f"expected that {outcome.rule.meaning}", r["text"])
+                    for r in outcome.bad_rows
+                ]
         results[str(path)] = {"kind": found, "num_rows": len(raw), "outcomes": outcomes, "rows": bad}
     return results
 

@@ -1,8 +1,8 @@
 """From raw rows, plain or conversational, to rows of one form.
 
-Plain: `prompt` with `response`, or with `chosen` and `rejected`, as texts. Conversational: `messages` (a list of
-role and content; the last assistant turn is the response of a demonstration), or `prompt`, `chosen`, `rejected`
-as lists of messages. CSV files may hold message lists as JSON texts.
+Plain: `prompt` with `response`, or with `chosen` and `rejected`, as texts. Conversational: `messages` (a
+list of role and content; the last assistant turn is the response of a demonstration), or `prompt`, `chosen`,
+`rejected` as lists of messages. CSV files may hold message lists as JSON texts.
 """
 
 from __future__ import annotations
@@ -120,5 +120,7 @@ def detect_kind(values: Mapping[str, Any]) -> str:
     if "chosen" in values or "rejected" in values:
         return "preferences"
     messages = _maybe_json(values.get("messages"))
-    ends_with_answer = isinstance(messages, list) and bool(messages) and messages[-1].get("role") == "assistant"
+    ends_with_answer = (
+        isinstance(messages, list) and bool(messages) and messages[-1].get("role") == "assistant"
+    )
     return "demonstrations" if "response" in values or ends_with_answer else "prompts"

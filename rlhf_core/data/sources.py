@@ -61,7 +61,11 @@ def read_file(path: Path) -> Iterator[RawRow]:
 
 def _read_jsonl(path: Path) -> Iterator[RawRow]:
     found = False
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+    with (
+        gzip.open(path, "rt", encoding="utf-8")
+        if path.suffix == ".gz"
+        else path.open(encoding="utf-8") as file
+    ):
         for number, line in _lines(path, file):
             if line.strip():
                 found = True
@@ -73,7 +77,7 @@ def _read_jsonl(path: Path) -> Iterator[RawRow]:
 def _lines(path: Path, file: Any) -> Iterator[tuple[int, str]]:
     number = 0
     try:
-        for number, line in enumerate(file, start=1):  # noqa: B007
+        for number, line in enumerate(file, start=1):
             yield number, line
     except (EOFError, gzip.BadGzipFile, OSError) as error:
         raise InputError(f"{path}: truncated or damaged after line {number}: {error}") from None
@@ -86,7 +90,9 @@ def _parse_object(path: Path, number: int, line: str) -> dict[str, Any]:
         value = json.loads(line)
     except json.JSONDecodeError as error:
         if number == 1 and line.lstrip().startswith("["):
-            raise InputError(f"{path}: line 1: a JSON array; this must be JSON lines, one object a line") from None
+            raise InputError(
+                f"{path}: line 1: a JSON array; this must be JSON lines, one object a line"
+            ) from None
         rest = "" if line.endswith("\n") else " (the last line; is the file truncated?)"
         raise InputError(f"{path}: line {number}: not JSON: {error.msg}{rest}: {line[:60]!r}") from None
     if not isinstance(value, dict):
@@ -97,15 +103,20 @@ def _parse_object(path: Path, number: int, line: str) -> dict[str, Any]:
 def _read_csv(path: Path) -> Iterator[RawRow]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
+        names = reader.fieldnames or ()
         try:
             for values in reader:
                 if None in values or None in values.values():
-                    raise InputError(f"{path}: line {reader.line_num}: has not the {len(reader.fieldnames)} cells of line 1")
+                    raise InputError(
+                        f"{path}: line {reader.line_num}: must have {len(names)} cells, as line 1"
+                    )
                 yield RawRow(reader.line_num, dict(values))
         except csv.Error as error:
             raise InputError(f"{path}: line {reader.line_num}: not CSV: {error}") from None
         except UnicodeDecodeError as error:
-            raise InputError(f"{path}: line {reader.line_num + 1} is not UTF-8 text: {error.reason}") from None
+            raise InputError(
+                f"{path}: line {reader.line_num + 1} is not UTF-8 text: {error.reason}"
+            ) from None
     if reader.line_num <= 1:
         raise InputError(f"{path}: holds no rows, only a header")
 

@@ -16,7 +16,8 @@ def prompt_hash(prompt: str) -> str:
 
 
 def split_of(prompt: str, eval_fraction: float) -> str:
-    """ "eval" for a share `eval_fraction` of all prompts, "train" for the others; never changes for a prompt."""
+    """ "eval" for a share `eval_fraction` of all prompts, "train" for the others; never changes for a
+    prompt."""
     return "eval" if int(prompt_hash(prompt)[:13], 16) / 16**13 < eval_fraction else "train"
 
 

@@ -35,7 +35,11 @@ def summarise(
     seed: int,
 ) -> Tree:
     """The tree of results.json. `kl` is log p_policy - log p_sft of each answer of the policy, in nats."""
-    options = {"confidence": config.confidence, "samples": config.bootstrap_samples, "seed": seed}
+    options: dict[str, Any] = {
+        "confidence": config.confidence,
+        "samples": config.bootstrap_samples,
+        "seed": seed,
+    }
     policy = models["policy"]
     comparison = {"kl": bootstrap_mean(kl, **options)}
     for name in ("sft", "base"):

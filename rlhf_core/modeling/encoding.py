@@ -1,7 +1,7 @@
 """From messages and texts to token ids, one way everywhere: training, rollout, scoring, serving.
 
-A prompt ends with the template's generation prompt; a response ends with the end-of-sequence token. The two are
-tokenised apart, so the boundary lies at the same place in training and in generation.
+A prompt ends with the template's generation prompt; a response ends with the end-of-sequence token. The two
+are tokenised apart, so the boundary lies at the same place in training and in generation.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 # ChatML as SmolLM2 was trained on, without the system line that its own template puts in front.
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
-    "+ '<|im_end|>' + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    "+ '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 # For a tokenizer that has no chat template of its own.
 PLAIN_TEMPLATE = (
@@ -42,8 +43,8 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, response: str) -> list[i
 class TokenBatch:
     """Prompts followed by responses, padded on the right.
 
-    With padding on the right, causal attention needs no mask: a real token never sees one that stands after it.
-    B sequences, T longest prompt plus response, R longest response.
+    With padding on the right, causal attention needs no mask: a real token never sees one that stands after
+    it. B sequences, T longest prompt plus response, R longest response.
     """
 
     input_ids: Tensor  # (B, T) int64
@@ -63,7 +64,9 @@ def make_batch(
     device: torch.device,
 ) -> TokenBatch:
     """Lay out token ids; every response must hold at least one token."""
-    assert len(prompts) == len(responses) and all(responses) and all(prompts)
+    assert len(prompts) == len(responses)
+    assert all(responses)
+    assert all(prompts)
     rows = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
     return TokenBatch(
         input_ids=_pad(rows, pad_token_id).to(device),

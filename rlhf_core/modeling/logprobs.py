@@ -1,4 +1,5 @@
-"""Log-probabilities of response tokens. Logits exist for response tokens only, in float32, never as (B, T, V)."""
+"""Log-probabilities of response tokens. Logits exist for response tokens only, in float32, never as (B, T,
+V)."""
 
 from __future__ import annotations
 

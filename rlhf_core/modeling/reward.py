@@ -1,10 +1,11 @@
-"""Reward models: a trunk, a scalar head on the last response token, and the constants that normalise scores."""
+"""Reward models: a trunk, a scalar head on the last response token, and the constants that normalise
+scores."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,7 +48,8 @@ class ScalarHead(nn.Module):
 
 @dataclass(frozen=True)
 class Normalisation:
-    """Scores are (raw - mean) / std: mean 0 and std 1 on samples of the reference policy (Ziegler et al. 2019)."""
+    """Scores are (raw - mean) / std: mean 0 and std 1 on samples of the reference policy (Ziegler et al.
+    2019)."""
 
     mean: float
     std: float
@@ -122,7 +124,11 @@ class RewardScorer:
     """Gives normalised scores to texts; the reward model may have a tokenizer and a template of its own."""
 
     def __init__(
-        self, trunk: object, head: ScalarHead, normalisation: Normalisation, tokenizer: object
+        self,
+        trunk: Callable[[Tensor], Tensor],
+        head: ScalarHead,
+        normalisation: Normalisation,
+        tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         self._trunk, self._head = trunk, head
         self._normalisation, self._tokenizer = normalisation, tokenizer

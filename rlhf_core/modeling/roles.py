@@ -1,7 +1,7 @@
 """The models of a training run by role: adapters on one shared frozen base, or one full model each.
 
-Roles are "policy", "critic", "reward" and "reference". Both classes answer the same three questions: the hidden
-states of a role, its logits, its trainable parameters.
+Roles are "policy", "critic", "reward" and "reference". Both classes answer the same three questions: the
+hidden states of a role, its logits, its trainable parameters.
 """
 
 from __future__ import annotations
@@ -115,10 +115,10 @@ Roles = AdapterRoles | FullRoles
 def open_roles(params: Params, base: Path, *, trained: str, seed: int) -> Roles:
     """One trained role on top of `base`, by adapters or by all weights as `model.finetuning` says."""
     if params.model.finetuning == "full":
-        roles: Roles = FullRoles(load_tokenizer(base), params)
-        roles.add(trained, path=base)
-        return roles
+        full = FullRoles(load_tokenizer(base), params)
+        full.add(trained, path=base)
+        return full
     model, tokenizer = load_policy(base, params.run)
-    roles = AdapterRoles(model, tokenizer, params.model.lora)
-    roles.add(trained, seed=seed)
-    return roles
+    adapted = AdapterRoles(model, tokenizer, params.model.lora)
+    adapted.add(trained, seed=seed)
+    return adapted

@@ -1,1 +1,2 @@
-"""The mathematics of reinforcement learning from human feedback: pure functions on tensors, and the PPO step."""
+"""The mathematics of reinforcement learning from human feedback: pure functions on tensors, and the PPO
+step."""

@@ -1,4 +1,5 @@
-"""The losses, each a sum over what counts: the caller divides once by the count of the whole optimizer step."""
+"""The losses, each a sum over what counts: the caller divides once by the count of the whole optimizer
+step."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def policy_loss(
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, response_mask: Tensor, *, cliprange: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Clipped value loss (Schulman et al. 2017, section 6.1 of the reference code), summed over response tokens.
+    """Clipped value loss (Schulman et al. 2017, section 6.1 of the reference code), summed over response
+    tokens.
 
         L = 1/2 sum_t m_t * max((V_t - G_t)^2, (clip(V_t, Vold_t - eps, Vold_t + eps) - G_t)^2)
 
@@ -52,7 +54,8 @@ def value_loss(
 
 
 def pairwise_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Bradley-Terry negative log-likelihood, -log sigmoid(s_w - s_l) (Ouyang et al. 2022, eq. 1), summed over pairs.
+    """Bradley-Terry negative log-likelihood, -log sigmoid(s_w - s_l) (Ouyang et al. 2022, eq. 1), summed
+    over pairs.
 
     Shapes: (B,) each.
     """

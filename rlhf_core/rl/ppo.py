@@ -1,7 +1,8 @@
-"""Proximal policy optimisation on whole answers: collect a rollout, then a few passes of clipped steps over it.
+"""Proximal policy optimisation on whole answers: collect a rollout, then a few passes of clipped steps over
+it.
 
-Actor and critic share no trained weight, so each has its own optimizer and gradient clip, and there is no value
-coefficient: Adam would cancel it. Left out: entropy bonus, adaptive KL, several rewards.
+Actor and critic share no trained weight, so each has its own optimizer and gradient clip, and there is no
+value coefficient: Adam would cancel it. Left out: entropy bonus, adaptive KL, several rewards.
 """
 
 from __future__ import annotations

@@ -127,7 +127,8 @@ def _load_pretrained(
         model = AutoModelForCausalLM.from_pretrained(config.name, dtype=torch.float32, **options)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"model.name = {config.name!r} ({config.source}): cannot load: {' '.join(str(error).split())[:300]}"
+            f"model.name = {config.name!r} ({config.source}): cannot load: "
+            f"{' '.join(str(error).split())[:300]}"
         ) from error
     commit = getattr(model.config, "_commit_hash", None)
     return (

@@ -1,4 +1,5 @@
-"""Stage `ppo`: optimise the SFT policy against the reward model, with a KL price to the frozen SFT reference."""
+"""Stage `ppo`: optimise the SFT policy against the reward model, with a KL price to the frozen SFT
+reference."""
 
 from __future__ import annotations
 
@@ -38,8 +39,8 @@ def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
     prompts = [row["messages"] for row in read_rows(prompt_file)]
     if len(prompts) < config.prompts_per_update:
         raise InputError(
-            f"{prompt_file}: {len(prompts)} prompts are fewer than the {config.prompts_per_update} of one update "
-            "(ppo.rollout_batch_size / ppo.samples_per_prompt)"
+            f"{prompt_file}: {len(prompts)} prompts are fewer than the {config.prompts_per_update} of one "
+            "update (ppo.rollout_batch_size / ppo.samples_per_prompt)"
         )
     tracker.dataset("prompts", prompt_file, "training")
     actors = open_actors(params, layout)
@@ -148,7 +149,8 @@ class Training:
         return update(self.actors, self.policy_optimizer, self.critic_optimizer, rollout, self.config, seed)
 
     def stream_seed(self, number: int) -> int:
-        """Of the random numbers of one update: a function of the seeds and the update, so a resume needs no state."""
+        """Of the random numbers of one update: a function of the seeds and the update, so a resume needs no
+        state."""
         return (self.config.sampling.seed * 1_000_003 + self.seed) * 1_000_003 + number
 
     def set_learning_rates(self, number: int) -> None:

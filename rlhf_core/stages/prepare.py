@@ -1,4 +1,5 @@
-"""Stage `prepare`: read the sources, put unusable rows aside with their reason, split by prompt, write Parquet."""
+"""Stage `prepare`: read the sources, put unusable rows aside with their reason, split by prompt, write
+Parquet."""
 
 from __future__ import annotations
 
@@ -44,7 +45,11 @@ def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
                 metrics[f"prepare/{kind}_{split}"] = len(rows[split])
             metrics[f"prepare/{kind}_read"] = found.num_read
             metrics[f"prepare/{kind}_dropped"] = len(found.quarantined)
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for found in collected.values() for row in found.quarantined]
+    lines = [
+        json.dumps(row, ensure_ascii=False) + "\n"
+        for found in collected.values()
+        for row in found.quarantined
+    ]
     write_text(layout.quarantine, "".join(lines))
     tracker.table("dropped", _reasons_table(collected))
     tracker.progress(len(KINDS), len(KINDS))
@@ -118,7 +123,9 @@ def _texts(row: dict[str, Any], kind: str) -> str:
     return "\0".join(row[name] for name in TEXTS[kind])
 
 
-def split_rows(rows: list[dict[str, Any]], most: int, eval_fraction: float) -> dict[str, list[dict[str, Any]]]:
+def split_rows(
+    rows: list[dict[str, Any]], most: int, eval_fraction: float
+) -> dict[str, list[dict[str, Any]]]:
     """The first `most` rows by split; capped before the split, so that the share of held-out rows stays."""
     split: dict[str, list[dict[str, Any]]] = {name: [] for name in SPLITS}
     for row in rows[:most]:

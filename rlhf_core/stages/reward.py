@@ -208,7 +208,7 @@ def _save(
         trunk = roles.export(ROLE, out, "SEQ_CLS")
         save_reward_model(trunk, head, normalisation, out, getattr(torch, params.model.save_dtype))
         roles.tokenizer.save_pretrained(out)
-        facts = {
+        facts: dict[str, object] = {
             "stage": "reward",
             "finetuning": params.model.finetuning,
             "base": read_provenance(layout.model("sft")),

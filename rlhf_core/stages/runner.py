@@ -71,7 +71,9 @@ def stage_params(stage: str, params: Params) -> dict[str, Any]:
     """The sections that a stage reads, as flat dotted keys."""
     section = getattr(params, SECTIONS.get(stage, stage))
     tree = {"run": params.run, "model": params.model, stage: section}
-    return {key: value for name, part in tree.items() for key, value in _flatten(part.model_dump(), f"{name}.")}
+    return {
+        key: value for name, part in tree.items() for key, value in _flatten(part.model_dump(), f"{name}.")
+    }
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

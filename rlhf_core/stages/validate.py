@@ -55,7 +55,11 @@ def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
 
 def token_counter(tokenizer: PreTrainedTokenizerBase) -> CountTokens:
     def count(texts: Sequence[str]) -> list[int]:
-        return [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]] if texts else []
+        return (
+            [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+            if texts
+            else []
+        )
 
     return count
 
@@ -67,7 +71,10 @@ def quarantine_outcome(layout: Layout, params: Params) -> Outcome:
     share = dropped / max(1, sum(counts[f"prepare/{kind}_read"] for kind in KINDS))
     limit = params.validate_.max_quarantined_fraction
     rule = Rule(
-        "", {}, "critical", f"at most {limit:.0%} of the rows were put aside (validate.max_quarantined_fraction)"
+        "",
+        {},
+        "critical",
+        f"at most {limit:.0%} of the rows were put aside (validate.max_quarantined_fraction)",
     )
     return Outcome(rule, share <= limit, f"{share:.1%}: {dropped} rows, listed in data/quarantine.jsonl")
 
@@ -76,7 +83,9 @@ def write_report(final: Path, results: Mapping[str, Sequence[Outcome]], facts: M
     with staged_dir(final) as out:
         (out / "index.html").write_text(render(results, facts), encoding="utf-8")
         tree = {name: [_as_dict(outcome) for outcome in outcomes] for name, outcomes in results.items()}
-        (out / "results.json").write_text(json.dumps(tree, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (out / "results.json").write_text(
+            json.dumps(tree, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
 
 def _as_dict(outcome: Outcome) -> dict[str, Any]:

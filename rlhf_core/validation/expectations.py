@@ -71,7 +71,9 @@ def _outcome(rule: Rule, result: Any, frame: pd.DataFrame) -> Outcome:
         return Outcome(rule, False, f"could not be checked: column {rule.column!r} is missing")
     bad = facts.get("unexpected_index_list") or []  # positions in the frame
     rows = [_show(frame, int(position)) for position in bad[:MAX_ROWS]]
-    return Outcome(rule, bool(result.success), _observed(facts), int(facts.get("unexpected_count") or 0), rows)
+    return Outcome(
+        rule, bool(result.success), _observed(facts), int(facts.get("unexpected_count") or 0), rows
+    )
 
 
 def _observed(facts: dict[str, Any]) -> str:
@@ -85,5 +87,7 @@ def _observed(facts: dict[str, Any]) -> str:
 
 def _show(frame: pd.DataFrame, position: int) -> dict[str, Any]:
     line = frame.iloc[position]
-    texts = [str(line[name]) for name in ("prompt", "response", "chosen", "rejected") if name in frame.columns]
+    texts = [
+        str(line[name]) for name in ("prompt", "response", "chosen", "rejected") if name in frame.columns
+    ]
     return {"source": line["source"], "row": int(line["row"]), "text": " | ".join(texts)[:80]}

@@ -27,12 +27,16 @@ def render(results: Mapping[str, Sequence[Outcome]], facts: Mapping[str, object]
     """The whole page; `results` by file, `facts` for the head."""
     counts = count_states(results)
     verdict = "not fit to train on" if counts["critical"] else "fit to train on"
-    head = f"{counts['pass']} expectations hold, {counts['warning']} warnings, {counts['critical']} critical failures"
+    head = (
+        f"{counts['pass']} expectations hold, {counts['warning']} warnings, "
+        f"{counts['critical']} critical failures"
+    )
     listed = "".join(f"<tr><th>{escape(str(k))}</th><td>{escape(str(v))}</td></tr>" for k, v in facts.items())
     sections = "".join(_section(name, outcomes) for name, outcomes in results.items())
     return (
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>Data validation</title><style>{STYLE}</style><h1>Data validation: {verdict}</h1><p>{head}</p>"
+        f"<title>Data validation</title><style>{STYLE}</style>"
+        f"<h1>Data validation: {verdict}</h1><p>{head}</p>"
         f"<table>{listed}</table>{sections}</html>\n"
     )
 
@@ -44,13 +48,15 @@ def count_states(results: Mapping[str, Sequence[Outcome]]) -> dict[str, int]:
 
 def _section(name: str, outcomes: Sequence[Outcome]) -> str:
     rows = "".join(_line(outcome) for outcome in outcomes)
-    return f"<h2>{escape(name)}</h2><div class=wide><table><tr><th>state<th>expectation<th>found</tr>{rows}</table></div>"
+    head = "<tr><th>state<th>expectation<th>found</tr>"
+    return f"<h2>{escape(name)}</h2><div class=wide><table>{head}{rows}</table></div>"
 
 
 def _line(outcome: Outcome) -> str:
     mark = state(outcome)
     shown = "".join(
-        f"<li><code>{escape(row['source'])}:{row['row']}</code> {escape(row['text'])}</li>" for row in outcome.bad_rows
+        f"<li><code>{escape(row['source'])}:{row['row']}</code> {escape(row['text'])}</li>"
+        for row in outcome.bad_rows
     )
     listed = f"<ul class=rows>{shown}</ul>" if shown else ""
     return (

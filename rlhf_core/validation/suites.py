@@ -39,7 +39,8 @@ def suite(kind: str, split: str, config: ValidateConfig) -> list[Rule]:
     names = ("prompt", *TEXTS[kind])
     required = config.min_rows if split == "train" and kind != "preferences" else 0
     rules = [
-        Rule("ExpectColumnToExist", {"column": name}, "critical", f"there is a column {name}") for name in names
+        Rule("ExpectColumnToExist", {"column": name}, "critical", f"there is a column {name}")
+        for name in names
     ]
     rules.append(
         Rule(
@@ -63,7 +64,12 @@ def suite(kind: str, split: str, config: ValidateConfig) -> list[Rule]:
         )
     share = config.max_duplicate_fraction
     rules.append(
-        never("duplicate", "warning", f"at most {share:.0%} repeat another row (validate.max_duplicate_fraction)", 1 - share)
+        never(
+            "duplicate",
+            "warning",
+            f"at most {share:.0%} repeat another row (validate.max_duplicate_fraction)",
+            1 - share,
+        )
     )
     rules.append(never("leaks", "critical", "the prompt stands on one side of the train/eval split only"))
     if kind == "preferences":

@@ -20,7 +20,9 @@ def slow_logprobs(model, prompt, response, temperature):
     """One token at a time, no batch, no padding, float64 softmax."""
     found = []
     for t, token in enumerate(response):
-        logits = model(input_ids=torch.tensor([[*prompt, *response[:t]]])).logits[0, -1].double() / temperature
+        logits = (
+            model(input_ids=torch.tensor([[*prompt, *response[:t]]])).logits[0, -1].double() / temperature
+        )
         found.append(torch.log_softmax(logits, -1)[token].item())
     return found
 

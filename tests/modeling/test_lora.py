@@ -61,7 +61,9 @@ def test_merged_model_gives_what_the_adapter_gave(roles, tmp_path):
     expected = roles.hidden("policy", IDS)
     merged = roles.export("policy", tmp_path, "CAUSAL_LM")
     assert not list(adapted_layers(merged))
-    torch.testing.assert_close(merged.base_model(input_ids=IDS).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        merged.base_model(input_ids=IDS).last_hidden_state, expected, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_saved_adapter_opens_with_peft_and_gives_the_same(roles, tiny_model_dir, tmp_path):

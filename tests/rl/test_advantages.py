@@ -7,7 +7,7 @@ from rlhf_core.rl.advantages import gae, token_rewards
 
 def discounted_td_sum(rewards, values, t, gamma, gae_lambda):
     """Equation 16 of Schulman et al. 2016, written out."""
-    deltas = [r + gamma * v_next - v for r, v, v_next in zip(rewards, values, values[1:] + [0.0])]
+    deltas = [r + gamma * v_next - v for r, v, v_next in zip(rewards, values, [*values[1:], 0.0])]
     return sum((gamma * gae_lambda) ** k * delta for k, delta in enumerate(deltas[t:]))
 
 
