@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rlhf_core.cli import QUIET
 
@@ -60,15 +60,25 @@ def register(root: Path, parent: registry.ParentRun) -> str:
     return registry.register_policy(root, load_params(Layout(root).params), parent)
 
 
-@flow(name="train", validate_parameters=False)
-def train(profile: str = "", overrides: list[str] | None = None, root: str = "") -> str:
-    """Train and register a policy. Returns the registered version."""
+@flow(name="train")
+def train(
+    profile: Literal["keep", "default", "smoke"] = "keep",
+    overrides: list[str] = [],  # noqa: B006 - None would need an Optional, for which the form shows a switcher
+    root: str = "",
+) -> str:
+    """Train and register a policy. Returns the registered version.
+
+    Args:
+        profile: keep params.yaml as it is, or apply a profile first.
+        overrides: values to change, such as `ppo.kl_coef=0.1`.
+        root: the checkout to work in; empty means the one that is deployed.
+    """
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(name).addFilter(WithoutTraceback())
     directory = Path(root or Path.cwd()).resolve()
     workspace.check_workspace(directory)
     with workspace.exclusive(directory):
-        params = workspace.resolve_params(directory, profile, overrides or [])
+        params = workspace.resolve_params(directory, "" if profile == "keep" else profile, overrides)
         with registry.parent_run(directory, params, "train") as parent:
             stages.show_links(directory, parent.uri, parent.run_id, parent.experiment)
             for stage in STAGES:

@@ -85,7 +85,7 @@ def _stage_command(stage: str) -> Callable[[], None]:
 
 
 def die_with_parent() -> None:
-    """Be told by SIGTERM when the parent dies, also by SIGKILL, so that no training goes on unseen (Linux)."""
+    """Get SIGTERM when the parent dies, also by SIGKILL, so that no training goes on unseen (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 

@@ -106,7 +106,7 @@ def _lines(
 
 
 class LineSplitter:
-    """Cuts output into lines. A progress bar's states end with a carriage return; most of them are dropped."""
+    """Cuts output into lines. A progress bar's states end with a carriage return; most are dropped."""
 
     def __init__(self) -> None:
         self._rest = b""

@@ -89,7 +89,7 @@ def save_reward_model(
     setattr(classifier, classifier.base_model_prefix, trunk.base_model)
     classifier.score.weight = nn.Parameter(head.weight.detach()[None])
     classifier.to(dtype).save_pretrained(directory)
-    facts = asdict(normalisation) | {"head_bias": float(head.bias)}
+    facts = asdict(normalisation) | {"head_bias": head.bias.item()}
     (directory / NORMALISATION_FILE).write_text(json.dumps(facts, indent=2) + "\n")
     _save_head(head, directory)
 

@@ -1,0 +1,153 @@
+"""The PPO step on a tiny model: its invariants, and that it learns a reward whose optimum is known."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from rlhf_core.config import LoRAConfig, RunConfig
+from rlhf_core.modeling.encoding import encode_prompt, encode_response, make_batch
+from rlhf_core.modeling.loading import load_policy
+from rlhf_core.modeling.reward import Normalisation, ScalarHead, last_response_hidden
+from rlhf_core.modeling.roles import REFERENCE, AdapterRoles
+from rlhf_core.rl.ppo import Actors, collect, ppo_step, rollout_metrics, update
+
+RUN = RunConfig(seed=0, device="cpu", precision="float32")
+CHATS = [[{"role": "user", "content": text}] for text in ("hello", "how are you today?", "no", "rain or sun?")]
+
+
+class VowelScorer:
+    """A reward with a known optimum: the share of the letter e."""
+
+    def score(self, conversations, responses):
+        return [text.count("e") / max(1, len(text)) for text in responses]
+
+
+@pytest.fixture
+def config(params):
+    return params.ppo.model_copy(
+        update={
+            "rollout_batch_size": 16,
+            "samples_per_prompt": 4,
+            "minibatch_size": 8,
+            "micro_batch_size": 4,
+            "num_ppo_epochs": 2,
+            "missing_eos_penalty": 0.0,
+            "kl_coef": 0.0,
+            "sampling": params.ppo.sampling.model_copy(update={"temperature": 1.0, "max_new_tokens": 8}),
+        }
+    )
+
+
+@pytest.fixture
+def actors(tiny_model_dir):
+    model, tokenizer = load_policy(tiny_model_dir, RUN)
+    roles = AdapterRoles(model, tokenizer, LoRAConfig(rank=8, alpha=16.0))
+    roles.add("policy", seed=0)
+    roles.add("critic", seed=1)
+    return Actors(roles, ScalarHead(model.config.hidden_size, seed=0), VowelScorer())
+
+
+def optimizers(actors, rate=1e-2):
+    return (
+        torch.optim.AdamW(actors.policy_parameters(), lr=rate, weight_decay=0.0),
+        torch.optim.AdamW(actors.critic_parameters(), lr=rate, weight_decay=0.0),
+    )
+
+
+def test_before_the_first_update_the_policy_is_the_reference(actors, config):
+    rollout = collect(actors, CHATS, config, seed=1)
+    torch.testing.assert_close(rollout.logprobs, rollout.ref_logprobs, rtol=0, atol=0)
+    assert not rollout.kl.any()
+    assert rollout_metrics(rollout, config)["objective/kl"] == 0.0
+
+
+def test_first_step_has_ratio_one_and_clips_nothing(actors, config):
+    rollout = collect(actors, CHATS, config, seed=1)
+    metrics = ppo_step(actors, *optimizers(actors), rollout, config)
+    assert metrics["policy/approx_kl"] == pytest.approx(0.0, abs=1e-7)
+    assert metrics["policy/ratio"] == pytest.approx(1.0, abs=1e-5)
+    assert metrics["policy/clipfrac"] == 0.0
+    # Whitened advantages have mean 0, so at ratio 1 the loss is 0 too.
+    assert metrics["policy/loss"] == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 16])
+def test_cut_into_micro_batches_changes_no_gradient(actors, config, micro_batch_size):
+    rollout = collect(actors, CHATS, config, seed=1)
+    found = []
+    for size in (8, micro_batch_size):
+        fresh = copy.deepcopy(actors)
+        steps = [torch.optim.SGD(p, lr=1.0) for p in (fresh.policy_parameters(), fresh.critic_parameters())]
+        metrics = ppo_step(fresh, *steps, rollout, config.model_copy(update={"micro_batch_size": size}))
+        found.append((metrics, [p.detach().clone() for p in fresh.policy_parameters() + fresh.critic_parameters()]))
+    (plain, weights), (cut, cut_weights) = found
+    assert cut == pytest.approx(plain, rel=1e-4, abs=1e-5)
+    for a, b in zip(weights, cut_weights):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_rollout_scores_and_masks_belong_to_their_answers(actors, config):
+    rollout = collect(actors, CHATS, config, seed=2)
+    assert rollout.lengths() == [len(answer.token_ids) for answer in rollout.answers]
+    expected = VowelScorer().score(None, [answer.text for answer in rollout.answers])
+    torch.testing.assert_close(rollout.scores, torch.tensor(expected))
+    part = rollout.select([3, 0])
+    assert part.answers == [rollout.answers[3], rollout.answers[0]]
+    assert part.response_mask.shape[1] == max(part.lengths())
+    torch.testing.assert_close(part.logprobs[1], rollout.logprobs[0, : part.logprobs.shape[1]])
+
+
+def test_unfinished_answers_pay_the_penalty(actors, config):
+    plain = collect(actors, CHATS, config, seed=3)
+    fined = collect(actors, CHATS, config.model_copy(update={"missing_eos_penalty": 2.0}), seed=3)
+    unfinished = torch.tensor([not answer.finished for answer in plain.answers])
+    assert unfinished.any()
+    torch.testing.assert_close(fined.scores, plain.scores - 2.0 * unfinished)
+
+
+def test_ppo_learns_a_reward_and_leaves_the_reference_alone(actors, config):
+    before = actors.roles.hidden(REFERENCE, torch.tensor([[5, 6, 7]])).clone()
+    steps = optimizers(actors)
+    scores = []
+    for number in range(14):
+        rollout = collect(actors, CHATS, config, seed=100 + number)
+        scores.append(rollout.scores.mean().item())
+        update(actors, *steps, rollout, config, seed=number)
+    assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.1
+    torch.testing.assert_close(actors.roles.hidden(REFERENCE, torch.tensor([[5, 6, 7]])), before, rtol=0, atol=0)
+
+
+def test_kl_price_keeps_the_policy_nearer_to_the_reference(actors, config):
+    final = {}
+    for kl_coef in (0.0, 0.5):
+        mine = copy.deepcopy(actors)
+        priced = config.model_copy(update={"kl_coef": kl_coef})
+        steps = optimizers(mine)
+        for number in range(8):
+            update(mine, *steps, collect(mine, CHATS, priced, seed=200 + number), priced, seed=number)
+        final[kl_coef] = collect(mine, CHATS, priced, seed=300).kl.mean().item()
+    assert final[0.5] < 0.5 * final[0.0]
+
+
+def test_reward_head_reads_the_last_response_token_whatever_the_padding(actors):
+    tokenizer = actors.roles.tokenizer
+    prompts = [encode_prompt(tokenizer, messages) for messages in CHATS[:2]]
+    answers = [encode_response(tokenizer, text) for text in ("yes", "i like long walks and good books")]
+    together = make_batch(prompts, answers, tokenizer.pad_token_id, torch.device("cpu"))
+    read = last_response_hidden(actors.roles.hidden(REFERENCE, together.input_ids), together)
+    for i in range(2):
+        alone = make_batch(prompts[i : i + 1], answers[i : i + 1], tokenizer.pad_token_id, torch.device("cpu"))
+        expected = actors.roles.hidden(REFERENCE, alone.input_ids)[:, -1]
+        torch.testing.assert_close(read[i : i + 1], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_folding_the_normalisation_into_a_head_gives_normalised_values():
+    head = ScalarHead(4, seed=0)
+    hidden = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    normalisation = Normalisation(mean=2.0, std=3.0)
+    expected = normalisation.apply(head(hidden))
+    normalisation.fold_into(head)
+    torch.testing.assert_close(head(hidden), expected)

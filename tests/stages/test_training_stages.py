@@ -1,0 +1,199 @@
+"""SFT, reward model and PPO as stages on a tiny model: they learn, and a broken-off run ends as a whole one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlhf_core import training
+from rlhf_core.config import parse_params, read_yaml
+from rlhf_core.data.rows import write_rows
+from rlhf_core.layout import Layout
+from rlhf_core.modeling.loading import load_policy
+from rlhf_core.modeling.reward import load_reward_model
+from rlhf_core.stages.runner import run_stage
+
+GOOD, BAD = "that is great! i love the sea and the sun.", "no, i do not like rain, it is sad and bad."
+
+
+@pytest.fixture
+def small_params(root):
+    tree = read_yaml(root / "params.yaml")
+    tree["run"] |= {"device": "cpu", "precision": "float32"}
+    tree["model"] |= {"save_dtype": "float32"}
+    tree["sft"] |= {"num_rows": 32, "batch_size": 8, "micro_batch_size": 4, "num_epochs": 3, "learning_rate": 2e-2}
+    tree["sft"] |= {"num_eval_rows": 8, "eval_every": 4}
+    tree["reward"] |= {"batch_size": 8, "micro_batch_size": 4, "num_epochs": 3, "learning_rate": 1e-2}
+    tree["ppo"] |= {"num_updates": 4, "rollout_batch_size": 8, "minibatch_size": 4, "micro_batch_size": 4}
+    tree["ppo"] |= {"checkpoint_every": 1, "learning_rate": 1e-2, "critic_learning_rate": 1e-2}
+    tree["ppo"]["sampling"] |= {"max_new_tokens": 8}
+    return parse_params(tree, "test")
+
+
+@pytest.fixture
+def workspace(tmp_path, tiny_model_dir, monkeypatch):
+    monkeypatch.setenv("RLHF_TRACKING", "off")
+    return make_workspace(tmp_path / "whole", tiny_model_dir)
+
+
+def make_workspace(root, model):
+    layout = Layout(root)
+    for name in ("base", "pretrained", "sft"):
+        shutil.copytree(model, layout.model(name))
+    asked = [f"how are you on day {i}?" for i in range(40)]
+    rows = [
+        {"prompt": text, "messages": [{"role": "user", "content": text}], "source": "test", "row": i}
+        for i, text in enumerate(asked)
+    ]
+    for split, part in (("train", rows[:32]), ("eval", rows[32:])):
+        write_rows(
+            layout.prepared_file("demonstrations", split), [r | {"response": GOOD} for r in part], "demonstrations"
+        )
+        write_rows(layout.prepared_file("prompts", split), part, "prompts")
+        pairs = [r | {"chosen": GOOD, "rejected": BAD, "source": "ai:vader"} for r in part]
+        write_rows(layout.preferences / f"{split}.parquet", pairs, "preferences")
+    return layout
+
+
+def weights(directory):
+    return load_file(directory / "model.safetensors")
+
+
+def assert_same_outputs(one, other, stage, model):
+    for name, tensor in weights(one.model(model)).items():
+        assert torch.equal(tensor, weights(other.model(model))[name]), name
+    for file in (one.metrics(stage), one.history(stage)):
+        assert file.read_bytes() == (other.root / file.relative_to(one.root)).read_bytes()
+
+
+def test_sft_lowers_the_loss_on_held_out_rows_and_saves_a_plain_model(workspace, small_params):
+    metrics = run_stage("sft", small_params, workspace)
+    assert metrics["sft/eval_loss"] < 0.95 * metrics["sft/eval_loss_before"]
+    model, tokenizer = load_policy(workspace.model("sft"), small_params.run)
+    assert tokenizer.chat_template
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    assert (workspace.model("sft") / "adapter" / "adapter_model.safetensors").is_file()
+    assert not workspace.run_dir("sft").joinpath("checkpoints").exists()
+
+
+def test_reward_model_learns_to_tell_the_pairs_apart_and_opens_again(workspace, small_params):
+    metrics = run_stage("reward", small_params, workspace)
+    assert metrics["reward/accuracy"] == 1.0
+    scorer = load_reward_model(workspace.model("reward"), small_params.run)
+    chat = [[{"role": "user", "content": "how are you on day 99?"}]] * 2
+    good, bad = scorer.score(chat, [GOOD, BAD])
+    assert good > bad
+    # Normalised on the answers it was trained with: half of them good, half bad.
+    assert good == pytest.approx(1.0, abs=0.3)
+    assert bad == pytest.approx(-1.0, abs=0.3)
+
+
+def test_saved_reward_model_opens_with_transformers_alone(workspace, small_params):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    run_stage("reward", small_params, workspace)
+    path = workspace.model("reward")
+    model = AutoModelForSequenceClassification.from_pretrained(path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    chat = [{"role": "user", "content": "how are you on day 3?"}]
+    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) + GOOD + tokenizer.eos_token
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    raw = model(ids).logits.item()
+    facts = json.loads((path / "normalisation.json").read_text())
+    ours = load_reward_model(path, small_params.run).score([chat], [GOOD])[0]
+    assert (raw + facts["head_bias"] - facts["mean"]) / facts["std"] == pytest.approx(ours, abs=1e-3)
+
+
+def test_ppo_runs_and_starts_its_critic_from_the_reward_model(workspace, small_params):
+    from rlhf_core.stages.ppo import open_actors
+
+    run_stage("reward", small_params, workspace)
+    actors = open_actors(small_params, workspace)
+    for critic, reward in zip(actors.roles.parameters("critic"), actors.roles.parameters("reward")):
+        assert torch.equal(critic, reward)
+    metrics = run_stage("ppo", small_params, workspace)
+    assert metrics["ppo/num_updates"] == 4
+    assert (workspace.model("policy") / "model.safetensors").is_file()
+    history = workspace.history("ppo").read_text().splitlines()
+    assert len(history) == 1 + 4 + 1  # header, updates, and the rollout that measures the end
+
+
+def test_ppo_over_its_kl_budget_keeps_the_last_policy_within(workspace, small_params):
+    run_stage("reward", small_params, workspace)
+    tight = small_params.model_copy(update={"ppo": small_params.ppo.model_copy(update={"kl_budget": 1e-6, "learning_rate": 0.1})})
+    metrics = run_stage("ppo", tight, workspace)
+    assert metrics["ppo/stopped_by_kl_budget"] == 1
+    assert metrics["ppo/kl"] == 0.0
+    before, after = weights(workspace.model("sft")), weights(workspace.model("policy"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_full_fine_tuning_trains_every_weight_in_all_three_stages(workspace, small_params):
+    full = small_params.model_copy(update={"model": small_params.model.model_copy(update={"finetuning": "full"})})
+    full = full.model_copy(update={"sft": full.sft.model_copy(update={"learning_rate": 3e-3})})
+    before = weights(workspace.model("pretrained"))
+    assert run_stage("sft", full, workspace)["sft/eval_loss"] < run_stage("sft", full, workspace)["sft/eval_loss_before"]
+    after = weights(workspace.model("sft"))
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    assert run_stage("reward", full, workspace)["reward/accuracy"] > 0.5
+    assert run_stage("ppo", full, workspace)["ppo/num_updates"] >= 1
+    changed = weights(workspace.model("policy"))
+    assert any(not torch.equal(after[name], changed[name]) for name in after)
+
+
+class Killed(BaseException):
+    """Stands for a signal: nothing in the code may catch it."""
+
+
+@pytest.mark.parametrize("kill_at", [1, 3, 6])
+@pytest.mark.parametrize(("stage", "model"), [("sft", "sft"), ("reward", "reward")])
+def test_broken_off_training_ends_with_the_same_weights(
+    workspace, tmp_path, tiny_model_dir, small_params, monkeypatch, stage, model, kill_at
+):
+    whole, broken = workspace, make_workspace(tmp_path / "broken", tiny_model_dir)
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
+    run_stage(stage, small_params, whole)
+    real, steps = training.train_step, []
+
+    def dying(*arguments):
+        if len(steps) == kill_at:
+            raise Killed
+        steps.append(1)
+        return real(*arguments)
+
+    monkeypatch.setattr(training, "train_step", dying)
+    with pytest.raises(Killed):
+        run_stage(stage, small_params, broken)
+    assert not broken.metrics(stage).exists()
+    monkeypatch.setattr(training, "train_step", real)
+    run_stage(stage, small_params, broken)
+    assert_same_outputs(whole, broken, stage, model)
+
+
+@pytest.mark.parametrize("kill_at", [1, 3])
+def test_broken_off_ppo_ends_with_the_same_weights(
+    workspace, tmp_path, tiny_model_dir, small_params, monkeypatch, kill_at
+):
+    from rlhf_core.stages.ppo import Training
+
+    broken = make_workspace(tmp_path / "broken", tiny_model_dir)
+    for layout in (workspace, broken):
+        run_stage("reward", small_params, layout)
+    run_stage("ppo", small_params, workspace)
+    real = Training.update
+
+    def dying(self, number, rollout):
+        if number == kill_at:
+            raise Killed
+        return real(self, number, rollout)
+
+    monkeypatch.setattr(Training, "update", dying)
+    with pytest.raises(Killed):
+        run_stage("ppo", small_params, broken)
+    monkeypatch.setattr(Training, "update", real)
+    run_stage("ppo", small_params, broken)
+    assert_same_outputs(workspace, broken, "ppo", "policy")
