@@ -45,6 +45,9 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = make_scratch_tokenizer(TEXTS, vocab_size=320)
     shape = ScratchConfig(vocab_size=320, hidden_size=32, num_layers=2, num_heads=2)
     directory = tmp_path_factory.mktemp("tiny")
-    make_scratch_model(tokenizer, shape, seed=0).save_pretrained(directory)
+    model = make_scratch_model(tokenizer, shape, seed=0)
+    # As wide as in a trained model: with the initial embeddings all tokens stay nearly equally likely.
+    model.get_input_embeddings().weight.data.mul_(15)
+    model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
