@@ -131,7 +131,8 @@ def start_all(services: Services, root: Path, prefect_port: int, mlflow_port: in
 
 def main() -> None:
     root = Path.cwd().resolve()
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell started us with SIGINT ignored
+        signal.signal(number, _interrupt)
     services: Services | None = None
     try:
         check_workspace(root)

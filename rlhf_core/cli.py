@@ -59,6 +59,7 @@ QUIET = {
 
 PARENT_DEATH_VARIABLE = "RLHF_DIE_WITH_PARENT"
 PR_SET_PDEATHSIG = 1
+INTERRUPTED = 130
 
 Overrides = Annotated[
     list[str] | None, typer.Option("-S", "--set", help="section.key=value; may be repeated.")
@@ -150,9 +151,10 @@ def main() -> None:
     except RLHFError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("\ninterrupted; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:  # what Typer makes of a KeyboardInterrupt
+            print("\ninterrupted; run the same command again to go on", file=sys.stderr)
+        raise
     except OSError as error:
         print(f"error: {_describe(error)}", file=sys.stderr)
         sys.exit(1)

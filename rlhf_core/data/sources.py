@@ -15,6 +15,7 @@ from typing import Any
 
 from rlhf_core.errors import InputError
 
+ARRAY = "{}: line 1: a JSON array; this must be JSON lines, one object a line"
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
 
 
@@ -95,6 +96,8 @@ def _parse_object(path: Path, number: int, line: str) -> dict[str, Any]:
             ) from None
         rest = "" if line.endswith("\n") else " (the last line; is the file truncated?)"
         raise InputError(f"{path}: line {number}: not JSON: {error.msg}{rest}: {line[:60]!r}") from None
+    if number == 1 and isinstance(value, list):
+        raise InputError(ARRAY.format(path))
     if not isinstance(value, dict):
         raise InputError(f"{path}: line {number}: must be a JSON object, found {type(value).__name__}")
     return value

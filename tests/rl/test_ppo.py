@@ -15,7 +15,9 @@ from rlhf_core.modeling.roles import REFERENCE, AdapterRoles
 from rlhf_core.rl.ppo import Actors, collect, ppo_step, rollout_metrics, update
 
 RUN = RunConfig(seed=0, device="cpu", precision="float32")
-CHATS = [[{"role": "user", "content": text}] for text in ("hello", "how are you today?", "no", "rain or sun?")]
+CHATS = [
+    [{"role": "user", "content": text}] for text in ("hello", "how are you today?", "no", "rain or sun?")
+]
 
 
 class VowelScorer:
@@ -82,7 +84,9 @@ def test_cut_into_micro_batches_changes_no_gradient(actors, config, micro_batch_
         fresh = copy.deepcopy(actors)
         steps = [torch.optim.SGD(p, lr=1.0) for p in (fresh.policy_parameters(), fresh.critic_parameters())]
         metrics = ppo_step(fresh, *steps, rollout, config.model_copy(update={"micro_batch_size": size}))
-        found.append((metrics, [p.detach().clone() for p in fresh.policy_parameters() + fresh.critic_parameters()]))
+        found.append(
+            (metrics, [p.detach().clone() for p in fresh.policy_parameters() + fresh.critic_parameters()])
+        )
     (plain, weights), (cut, cut_weights) = found
     assert cut == pytest.approx(plain, rel=1e-4, abs=1e-5)
     for a, b in zip(weights, cut_weights):
@@ -117,7 +121,9 @@ def test_ppo_learns_a_reward_and_leaves_the_reference_alone(actors, config):
         scores.append(rollout.scores.mean().item())
         update(actors, *steps, rollout, config, seed=number)
     assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.1
-    torch.testing.assert_close(actors.roles.hidden(REFERENCE, torch.tensor([[5, 6, 7]])), before, rtol=0, atol=0)
+    torch.testing.assert_close(
+        actors.roles.hidden(REFERENCE, torch.tensor([[5, 6, 7]])), before, rtol=0, atol=0
+    )
 
 
 def test_kl_price_keeps_the_policy_nearer_to_the_reference(actors, config):
@@ -139,7 +145,9 @@ def test_reward_head_reads_the_last_response_token_whatever_the_padding(actors):
     together = make_batch(prompts, answers, tokenizer.pad_token_id, torch.device("cpu"))
     read = last_response_hidden(actors.roles.hidden(REFERENCE, together.input_ids), together)
     for i in range(2):
-        alone = make_batch(prompts[i : i + 1], answers[i : i + 1], tokenizer.pad_token_id, torch.device("cpu"))
+        alone = make_batch(
+            prompts[i : i + 1], answers[i : i + 1], tokenizer.pad_token_id, torch.device("cpu")
+        )
         expected = actors.roles.hidden(REFERENCE, alone.input_ids)[:, -1]
         torch.testing.assert_close(read[i : i + 1], expected, rtol=1e-4, atol=1e-5)
 

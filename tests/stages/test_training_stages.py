@@ -1,4 +1,4 @@
-"""SFT, reward model and PPO as stages on a tiny model: they learn, and a broken-off run ends as a whole one."""
+"""SFT, reward model and PPO as stages on a tiny model: they learn, and resume to the same weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,13 @@ def small_params(root):
     tree = read_yaml(root / "params.yaml")
     tree["run"] |= {"device": "cpu", "precision": "float32"}
     tree["model"] |= {"save_dtype": "float32"}
-    tree["sft"] |= {"num_rows": 32, "batch_size": 8, "micro_batch_size": 4, "num_epochs": 3, "learning_rate": 2e-2}
+    tree["sft"] |= {
+        "num_rows": 32,
+        "batch_size": 8,
+        "micro_batch_size": 4,
+        "num_epochs": 3,
+        "learning_rate": 2e-2,
+    }
     tree["sft"] |= {"num_eval_rows": 8, "eval_every": 4}
     tree["reward"] |= {"batch_size": 8, "micro_batch_size": 4, "num_epochs": 3, "learning_rate": 1e-2}
     tree["ppo"] |= {"num_updates": 4, "rollout_batch_size": 8, "minibatch_size": 4, "micro_batch_size": 4}
@@ -51,7 +57,9 @@ def make_workspace(root, model):
     ]
     for split, part in (("train", rows[:32]), ("eval", rows[32:])):
         write_rows(
-            layout.prepared_file("demonstrations", split), [r | {"response": GOOD} for r in part], "demonstrations"
+            layout.prepared_file("demonstrations", split),
+            [r | {"response": GOOD} for r in part],
+            "demonstrations",
         )
         write_rows(layout.prepared_file("prompts", split), part, "prompts")
         pairs = [r | {"chosen": GOOD, "rejected": BAD, "source": "ai:vader"} for r in part]
@@ -100,7 +108,11 @@ def test_saved_reward_model_opens_with_transformers_alone(workspace, small_param
     model = AutoModelForSequenceClassification.from_pretrained(path).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
     chat = [{"role": "user", "content": "how are you on day 3?"}]
-    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) + GOOD + tokenizer.eos_token
+    text = (
+        tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        + GOOD
+        + tokenizer.eos_token
+    )
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
     raw = model(ids).logits.item()
     facts = json.loads((path / "normalisation.json").read_text())
@@ -124,7 +136,9 @@ def test_ppo_runs_and_starts_its_critic_from_the_reward_model(workspace, small_p
 
 def test_ppo_over_its_kl_budget_keeps_the_last_policy_within(workspace, small_params):
     run_stage("reward", small_params, workspace)
-    tight = small_params.model_copy(update={"ppo": small_params.ppo.model_copy(update={"kl_budget": 1e-6, "learning_rate": 0.1})})
+    tight = small_params.model_copy(
+        update={"ppo": small_params.ppo.model_copy(update={"kl_budget": 1e-6, "learning_rate": 0.1})}
+    )
     metrics = run_stage("ppo", tight, workspace)
     assert metrics["ppo/stopped_by_kl_budget"] == 1
     assert metrics["ppo/kl"] == 0.0
@@ -133,10 +147,15 @@ def test_ppo_over_its_kl_budget_keeps_the_last_policy_within(workspace, small_pa
 
 
 def test_full_fine_tuning_trains_every_weight_in_all_three_stages(workspace, small_params):
-    full = small_params.model_copy(update={"model": small_params.model.model_copy(update={"finetuning": "full"})})
+    full = small_params.model_copy(
+        update={"model": small_params.model.model_copy(update={"finetuning": "full"})}
+    )
     full = full.model_copy(update={"sft": full.sft.model_copy(update={"learning_rate": 3e-3})})
     before = weights(workspace.model("pretrained"))
-    assert run_stage("sft", full, workspace)["sft/eval_loss"] < run_stage("sft", full, workspace)["sft/eval_loss_before"]
+    assert (
+        run_stage("sft", full, workspace)["sft/eval_loss"]
+        < run_stage("sft", full, workspace)["sft/eval_loss_before"]
+    )
     after = weights(workspace.model("sft"))
     assert all(not torch.equal(before[name], after[name]) for name in before)
     assert run_stage("reward", full, workspace)["reward/accuracy"] > 0.5

@@ -1,0 +1,165 @@
+"""The pipeline as a user starts it: the smoke profile through the real flow, DVC, MLflow and registry."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf_core.mlflow_writer import open_client, registered_model_dir
+from rlhf_core.stages import STAGES
+
+QUESTION = {"messages": [{"role": "user", "content": "how are you?"}], "max_tokens": 8, "seed": 3}
+
+
+def run(command, cwd, timeout=400, **env):
+    """Run a command the way a shell in the checkout would, with the checkout's own code."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "RLHF_"))}
+    environment |= {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(cwd),
+        **env,
+    }
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def make_checkout(root: Path, target: Path) -> Path:
+    """A git repository of the project's tracked files as they are now."""
+    listed = run(["git", "ls-files", "-co", "--exclude-standard"], root).stdout.splitlines()
+    for name in listed:
+        if (root / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(root / name, target / name)
+    run(["git", "init", "-q"], target)
+    run(["git", "add", "-A"], target)
+    who = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+    done = run(["git", *who, "commit", "-q", "-m", "start"], target)
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+@pytest.fixture(scope="module")
+def finished(root, tmp_path_factory):
+    """A checkout in which `rlhf run --profile smoke` has ended well, and its output."""
+    checkout = make_checkout(root, tmp_path_factory.mktemp("checkout"))
+    done = run(["rlhf", "run", "--profile", "smoke"], checkout)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return checkout, done
+
+
+def test_run_ends_with_models_reports_and_one_table(finished):
+    checkout, done = finished
+    for name in ("base", "pretrained", "sft", "policy"):
+        assert (checkout / "models" / name / "model.safetensors").is_file()
+    for stage in STAGES:
+        assert json.loads((checkout / "reports" / stage / "metrics.json").read_text())
+    for text in (
+        "gold reward",
+        "win rate",
+        "KL to SFT",
+        "report.html",
+        "What to do next",
+        "rlhf-policy@candidate",
+    ):
+        assert text in done.stdout, text
+    assert (checkout / "reports" / "evaluation" / "report.html").is_file()
+    assert (checkout / "reports" / "validation" / "index.html").is_file()
+
+
+def test_dvc_finds_nothing_to_do_after_the_flow(finished):
+    checkout, _ = finished
+    done = run(["dvc", "repro"], checkout)
+    assert "Data and pipelines are up to date." in done.stdout, done.stdout + done.stderr
+    metrics = run(["dvc", "metrics", "show", "--json"], checkout)
+    assert "reports/evaluate/metrics.json" in metrics.stdout
+    plots = run(["dvc", "plots", "show", "-o", "/tmp/plots-of-test"], checkout)
+    assert plots.returncode == 0, plots.stderr
+
+
+def test_push_and_pull_work_with_the_default_remote(finished):
+    checkout, _ = finished
+    assert run(["dvc", "push"], checkout).returncode == 0
+    shutil.rmtree(checkout / "models" / "policy")
+    shutil.rmtree(checkout / ".dvc" / "cache")
+    done = run(["dvc", "pull"], checkout)
+    assert done.returncode == 0, done.stderr
+    assert (checkout / "models" / "policy" / "model.safetensors").is_file()
+
+
+def test_every_stage_is_a_child_run_of_the_flow_with_its_metrics(finished):
+    checkout, _ = finished
+    client = open_client(checkout)
+    experiment = client.get_experiment_by_name("rlhf").experiment_id
+    runs = client.search_runs([experiment])
+    (parent,) = (r for r in runs if r.info.run_name == "train")
+    children = {
+        r.info.run_name: r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id
+    }
+    assert set(children) == set(STAGES)
+    assert {r.info.status for r in runs} == {"FINISHED"}
+    assert len(parent.data.tags["git.commit"]) == 40
+    steps = client.get_metric_history(children["ppo"].info.run_id, "objective/kl")
+    assert [m.step for m in steps] == list(range(len(steps)))
+    assert len(steps) > 2
+    (used,) = children["ppo"].inputs.dataset_inputs
+    assert len(used.dataset.digest) == 32
+    assert children["sft"].data.params["sft.num_rows"] == "192"
+
+
+def test_registered_policy_loads_and_answers_a_chat_request(finished, monkeypatch):
+    import mlflow
+
+    checkout, _ = finished
+    monkeypatch.chdir(checkout)
+    client = open_client(checkout)
+    version = client.get_model_version_by_alias("rlhf-policy", "candidate")
+    assert version.tags["dvc.lock.md5"]
+    assert registered_model_dir("models:/rlhf-policy@candidate", checkout).joinpath("config.json").is_file()
+    mlflow.set_tracking_uri(f"sqlite:///{checkout}/mlflow.db")
+    model = mlflow.pyfunc.load_model("models:/rlhf-policy@candidate")
+    assert model.metadata.signature is not None
+    assert model.metadata.metadata["chat_template"]
+    reply = model.predict(QUESTION)
+    assert reply["choices"][0]["message"]["role"] == "assistant"
+    assert reply["usage"]["completion_tokens"] <= 8
+    again = model.predict(QUESTION)
+    assert again["choices"] == reply["choices"]
+
+
+def test_second_run_takes_everything_from_the_cache_and_registers_nothing_new(finished):
+    checkout, _ = finished
+    done = run(["rlhf", "run"], checkout)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("didn't change, skipping") + done.stderr.count("didn't change, skipping") == len(
+        STAGES
+    )
+    versions = open_client(checkout).search_model_versions("name='rlhf-policy'")
+    assert [v.version for v in versions] == [1] or [str(v.version) for v in versions] == ["1"]
+
+
+def test_data_that_fails_a_critical_expectation_stops_before_any_training(root, tmp_path):
+    checkout = make_checkout(root, tmp_path)
+    done = run(["rlhf", "run", "--profile", "smoke", "-S", "validate.max_prompt_tokens=3"], checkout)
+    assert done.returncode == 3 or done.returncode == 1
+    assert "not fit to train on" in done.stderr
+    assert "package:chitchat:" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (checkout / ".rlhf" / "runs" / "validate" / "report" / "index.html").is_file()
+    assert not (checkout / "models" / "pretrained").exists()
+
+
+def test_without_git_there_is_one_clear_error(root, tmp_path):
+    checkout = make_checkout(root, tmp_path)
+    shutil.rmtree(checkout / ".git")
+    done = run(["rlhf", "run"], checkout, GIT_CEILING_DIRECTORIES=str(tmp_path.parent))
+    assert done.returncode == 2
+    assert "not in a git repository" in done.stderr
+    assert "git init" in done.stderr
+    assert "Traceback" not in done.stderr
