@@ -17,7 +17,8 @@ from rlhf_core.cli import QUIET
 os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
 if "PREFECT_API_URL" not in os.environ:
     # A server of our own for this run, its database beside the workspace's other state.
-    os.environ.setdefault("PREFECT_HOME", str(Path.cwd() / ".rlhf" / "prefect"))
+    home = Path(os.environ.setdefault("PREFECT_HOME", str(Path.cwd() / ".rlhf" / "prefect")))
+    home.mkdir(parents=True, exist_ok=True)  # Prefect makes the last directory only
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "ERROR")
 

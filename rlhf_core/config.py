@@ -214,6 +214,7 @@ class RewardConfig(TrainingSection):
     warmup_fraction: float = Field(ge=0.0, lt=1.0)
     confidence: float = Field(gt=0.5, lt=1.0)
     eval_every: PositiveInt
+    num_watched_pairs: PositiveInt
 
     @model_validator(mode="after")
     def check_batch_sizes(self) -> Self:

@@ -13,6 +13,7 @@ import queue
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -162,9 +163,11 @@ class MlflowWriter:
             digest = hashlib.file_digest(file, "md5").hexdigest()
         frame = pd.read_parquet(path).head(1000)
         source = str(path.relative_to(self._root)) if path.is_relative_to(self._root) else str(path)
-        found = mlflow.data.from_pandas(
-            frame.drop(columns=["messages"]), source=source, name=name, digest=digest
-        )
+        with warnings.catch_warnings():  # about sources and integer columns, nothing a user can act on
+            warnings.simplefilter("ignore")
+            found = mlflow.data.from_pandas(
+                frame.drop(columns=["messages"]), source=source, name=name, digest=digest
+            )
         entry = DatasetInput(found._to_mlflow_entity(), [InputTag("mlflow.data.context", context)])
         self._client.log_inputs(self._run_id, [entry])
 

@@ -30,7 +30,7 @@ class ChatPolicy(mlflow.pyfunc.PythonModel):
         run = RunConfig(seed=0, device="auto", precision="auto")
         self._model, self._tokenizer = load_policy(Path(context.artifacts["policy"]), run)
 
-    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> Any:
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # MLflow reads hints
         """One chat completion for a request; a list of them for several rows."""
         replies = [self._complete(request) for request in requests_of(model_input)]
         return replies[0] if len(replies) == 1 else replies

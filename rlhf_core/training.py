@@ -85,18 +85,22 @@ def train(
     tracker: Tracker,
     *,
     seed: int,
-) -> None:
-    """Train `parameters` on `rows` for `schedule.num_steps`; goes on from the newest checkpoint of the same
-    run."""
+) -> dict[str, float]:
+    """Train `parameters` on `rows` for `schedule.num_steps`; return the evaluation after the last one.
+
+    Goes on from the newest checkpoint of the same run.
+    """
     optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=0.0)
     first = _resume(optimizer, parameters, checkpoints, tracker)
     last_saved = started = time.monotonic()
     tokens = 0
+    evaluation: dict[str, float] = {}
     for step in range(first, schedule.num_steps):
         batch = [rows[i] for i in step_rows(len(rows), schedule.batch_size, step, seed)]
         metrics = train_step(task, batch, parameters, optimizer, schedule, step)
-        if step == 0 or (step + 1) % schedule.eval_every == 0 or step + 1 == schedule.num_steps:
-            metrics |= task.evaluate()
+        if (step + 1) % schedule.eval_every == 0 or step + 1 == schedule.num_steps:
+            evaluation = task.evaluate()
+            metrics |= evaluation
         tracker.log(metrics, step + 1)
         tokens += sum(map(task.length, batch))
         tracker.progress(step + 1, schedule.num_steps, f"loss {metrics['train/loss']:.3f}")
@@ -104,6 +108,7 @@ def train(
             _save(step + 1, optimizer, parameters, checkpoints, tracker)
             last_saved = time.monotonic()
     tracker.log_perf({"perf/tokens_per_second": tokens / max(1e-9, time.monotonic() - started)})
+    return evaluation
 
 
 def train_step(

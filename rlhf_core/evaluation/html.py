@@ -150,8 +150,8 @@ def _losses(samples: Sequence[Tree]) -> Iterator[str]:
 def _footer(tree: Tree) -> str:
     return (
         f'<footer class="soft"><p>Ranges are {tree["confidence"]:.0%} intervals: percentile bootstrap over '
-        "prompts, differences and wins paired by prompt, a tie counting one half. Gold is the judge that "
-        "says what an answer is worth; proxy is the reward model that PPO optimised. KL is the mean over "
+        "prompts, differences and wins paired by prompt, a tie counting one half. Gold is the judge "
+        "named by evaluate.gold; proxy is the reward model that PPO optimised. KL is the mean over "
         "prompts of log p(policy) less log p(SFT) of the policy's own answers at the sampling temperature, "
         "summed over tokens. All numbers stand in results.json, every answer in samples.jsonl.</p></footer>"
     )

@@ -34,6 +34,9 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # one bar a stage is enough
     tracker.progress(0, 2, "loading")
     model, tokenizer, provenance = _load(params, layout)
     give_template(

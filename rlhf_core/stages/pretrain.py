@@ -102,8 +102,9 @@ def _pretrain(params: Params, layout: Layout, tracker: Tracker) -> dict[str, flo
     }
     checkpoints = Checkpoints(layout.run_dir("pretrain") / "checkpoints", origin)
     before = task.evaluate()["eval/loss"]
-    train(task, texts["train"], roles.parameters(ROLE), schedule, checkpoints, tracker, seed=params.run.seed)
-    after = task.evaluate()["eval/loss"]
+    after = train(
+        task, texts["train"], roles.parameters(ROLE), schedule, checkpoints, tracker, seed=params.run.seed
+    )
     with staged_dir(layout.model("pretrained")) as out:
         model = roles.export(ROLE, out, "CAUSAL_LM")
         model.to(getattr(torch, params.model.save_dtype)).save_pretrained(out)
@@ -113,7 +114,7 @@ def _pretrain(params: Params, layout: Layout, tracker: Tracker) -> dict[str, flo
     return {
         "pretrain/num_steps": config.num_steps,
         "pretrain/eval_loss_before": before,
-        "pretrain/eval_loss": after,
+        "pretrain/eval_loss": after["eval/loss"],
     }
 
 

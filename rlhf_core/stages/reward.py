@@ -107,7 +107,8 @@ def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
 
     with roles.using(ROLE) as model:
         head = ScalarHead(model.config.hidden_size, seed=params.run.seed).to(roles.device)
-    task = PairwiseTask(roles, head, eval_rows, config.micro_batch_size)
+    watched = eval_rows[:: math.ceil(len(eval_rows) / config.num_watched_pairs)]  # of every source
+    task = PairwiseTask(roles, head, watched, config.micro_batch_size)
     origin = {
         "params": params.model_dump(mode="json", include={"run", "model", "reward"}),
         "inputs": inputs_digest([layout.model("sft"), *files.values()]),
@@ -179,6 +180,7 @@ def evaluate_reward_model(
     from rlhf_core.evaluation.statistics import accuracy_with_interval, length_baseline_accuracy
 
     chosen, rejected = task.all_scores(rows)
+    loss, _ = pairwise_loss(chosen, rejected)
     correct = (chosen > rejected).tolist()
     confidence, seed = params.reward.confidence, params.run.seed
     interval = accuracy_with_interval(correct, [row.group for row in rows], confidence=confidence, seed=seed)
@@ -190,7 +192,7 @@ def evaluate_reward_model(
         "reward/length_baseline_accuracy": length_baseline_accuracy(
             [len(row.chosen) for row in rows], [len(row.rejected) for row in rows]
         ),
-        "reward/loss": task.evaluate()["eval/loss"],
+        "reward/loss": float(loss) / len(rows),
         "reward/margin": float((chosen - rejected).mean()),
     }
     for kind in ("ai", "human"):

@@ -111,8 +111,9 @@ def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
         "inputs": inputs_digest([layout.model("pretrained"), train_file, eval_file]),
     }
     checkpoints = Checkpoints(layout.run_dir("sft") / "checkpoints", origin)
-    train(task, train_rows, roles.parameters(ROLE), schedule, checkpoints, tracker, seed=params.run.seed)
-    after = task.evaluate()
+    after = train(
+        task, train_rows, roles.parameters(ROLE), schedule, checkpoints, tracker, seed=params.run.seed
+    )
     save_causal_model(roles, layout.model("sft"), params, read_provenance(layout.model("pretrained")))
     checkpoints.clear()
     return {
