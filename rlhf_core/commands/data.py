@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -47,7 +50,8 @@ def check(
             )
         if len(outcomes["rows"]) > SHOWN_ROWS:
             console.print(f"... and {len(outcomes['rows']) - SHOWN_ROWS} more bad rows")
-    console.print(_summary(results))
+    for path, facts in results.items():
+        console.print(_summary(path, facts))
     failed = any(outcome.critical for outcomes in results.values() for outcome in outcomes["outcomes"])
     if bad or failed:
         raise typer.Exit(1)
@@ -86,6 +90,7 @@ def check_files(files: list[Path], kind: str, tokenizer: Path | None) -> dict[st
                     _bad(path, r["row"], f"expected that {outcome.rule.meaning}", r["text"])
                     for r in outcome.bad_rows
                 ]
+        bad.sort(key=lambda row: row["line"])
         results[str(path)] = {"kind": found, "num_rows": len(raw), "outcomes": outcomes, "rows": bad}
     return results
 
@@ -133,19 +138,15 @@ def _token_counter(directory: Path):
     return lambda texts: [len(re.findall(r"\w+|[^\w\s]", text)) for text in texts]
 
 
-def _summary(results: dict[str, dict[str, Any]]):
+def _summary(path: str, facts: dict[str, Any]) -> Table:
+    from rich import box
     from rich.table import Table
 
-    table = Table(title="Data check")
-    for column in ("file", "kind", "rows", "bad rows", "expectation", "state", "found"):
-        table.add_column(column, overflow="fold")
-    for path, facts in results.items():
-        head = [Path(path).name, facts["kind"], str(facts["num_rows"]), str(len(facts["rows"]))]
-        for outcome in facts["outcomes"] or [None]:
-            if outcome is None:
-                table.add_row(*head, "rows have the form of their kind", "critical", "no row has it")
-            else:
-                mark = "pass" if outcome.passed else outcome.rule.severity
-                table.add_row(*head, outcome.rule.meaning, mark, outcome.observed)
-            head = [""] * 4
+    title = f"{path}: {facts['num_rows']} rows of {facts['kind']}, {len(facts['rows'])} bad"
+    table = Table("expectation", "state", "found", title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    if not facts["outcomes"]:
+        table.add_row("rows have the form of their kind", "critical", "no row has it")
+    for outcome in facts["outcomes"]:
+        state = "pass" if outcome.passed else outcome.rule.severity
+        table.add_row(outcome.rule.meaning, state, outcome.observed)
     return table

@@ -120,7 +120,6 @@ def detect_kind(values: Mapping[str, Any]) -> str:
     if "chosen" in values or "rejected" in values:
         return "preferences"
     messages = _maybe_json(values.get("messages"))
-    ends_with_answer = (
-        isinstance(messages, list) and bool(messages) and messages[-1].get("role") == "assistant"
-    )
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    ends_with_answer = isinstance(last, Mapping) and last.get("role") == "assistant"
     return "demonstrations" if "response" in values or ends_with_answer else "prompts"

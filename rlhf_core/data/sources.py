@@ -106,8 +106,8 @@ def _parse_object(path: Path, number: int, line: str) -> dict[str, Any]:
 def _read_csv(path: Path) -> Iterator[RawRow]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
-        names = reader.fieldnames or ()
         try:
+            names = reader.fieldnames or ()
             for values in reader:
                 if None in values or None in values.values():
                     raise InputError(

@@ -52,4 +52,5 @@ def _longer(chosen: Sequence[int], rejected: Sequence[int]) -> list[float]:
 def _contradictions(normal: dict[str, list[str]]) -> list[bool]:
     """True where another row prefers the same two answers the other way round."""
     pairs = set(zip(normal["prompt"], normal["chosen"], normal["rejected"]))
-    return [(p, r, c) in pairs for p, c, r in zip(normal["prompt"], normal["chosen"], normal["rejected"])]
+    rows = zip(normal["prompt"], normal["chosen"], normal["rejected"])
+    return [c != r and (p, r, c) in pairs for p, c, r in rows]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rlhf_core.config import ValidateConfig
-from rlhf_core.data.rows import TEXTS
+from rlhf_core.data.rows import SPLITS, TEXTS
 
 Severity = Literal["critical", "warning"]
 
@@ -35,21 +35,22 @@ def never(column: str, severity: Severity, meaning: str, mostly: float = 1.0) ->
 
 
 def suite(kind: str, split: str, config: ValidateConfig) -> list[Rule]:
-    """The rules for one file of prepared data."""
+    """The rules for one file of prepared data; `split` is train, eval, or file for one not yet split."""
     names = ("prompt", *TEXTS[kind])
     required = config.min_rows if split == "train" and kind != "preferences" else 0
     rules = [
         Rule("ExpectColumnToExist", {"column": name}, "critical", f"there is a column {name}")
         for name in names
     ]
-    rules.append(
-        Rule(
-            "ExpectTableRowCountToBeBetween",
-            {"min_value": required},
-            "critical",
-            f"at least {required} rows (validate.min_rows)",
+    if required:
+        rules.append(
+            Rule(
+                "ExpectTableRowCountToBeBetween",
+                {"min_value": required},
+                "critical",
+                f"at least {required} rows (validate.min_rows)",
+            )
         )
-    )
     for name in names:
         rules.append(never(f"{name}_blank", "critical", f"{name} is not empty or blank"))
         limit = config.max_prompt_tokens if name == "prompt" else config.max_response_tokens
@@ -71,7 +72,8 @@ def suite(kind: str, split: str, config: ValidateConfig) -> list[Rule]:
             1 - share,
         )
     )
-    rules.append(never("leaks", "critical", "the prompt stands on one side of the train/eval split only"))
+    if split in SPLITS:
+        rules.append(never("leaks", "critical", "the prompt stands on one side of the train/eval split only"))
     if kind == "preferences":
         rules += _preference_rules(config)
     return rules
