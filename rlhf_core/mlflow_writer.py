@@ -168,7 +168,7 @@ class MlflowWriter:
             found = mlflow.data.from_pandas(
                 frame.drop(columns=["messages"]), source=source, name=name, digest=digest
             )
-        entry = DatasetInput(found._to_mlflow_entity(), [InputTag("mlflow.data.context", context)])
+            entry = DatasetInput(found._to_mlflow_entity(), [InputTag("mlflow.data.context", context)])
         self._client.log_inputs(self._run_id, [entry])
 
 

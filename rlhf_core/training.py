@@ -92,6 +92,7 @@ def train(
     """
     optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=0.0)
     first = _resume(optimizer, parameters, checkpoints, tracker)
+    tracker.progress(first, schedule.num_steps)
     last_saved = started = time.monotonic()
     tokens = 0
     evaluation: dict[str, float] = {}

@@ -113,8 +113,9 @@ class Training:
     def run(self) -> dict[str, float]:
         """Alternate rollouts and updates; the last rollout only measures what training ends with."""
         config = self.config
-        first = {}
-        for number in range(self.resume(), config.num_updates + 1):
+        start = self.resume()
+        self.tracker.progress(start, config.num_updates)
+        for number in range(start, config.num_updates + 1):
             rollout = self.timed("rollout", lambda n=number: self.rollout(n))
             metrics = rollout_metrics(rollout, config) | self.gold_metrics(rollout)
             over_budget = metrics["objective/kl"] > config.kl_budget

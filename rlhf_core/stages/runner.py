@@ -21,7 +21,7 @@ from rlhf_core.layout import Layout
 from rlhf_core.mlflow_writer import SWITCH_VARIABLE, MlflowWriter
 from rlhf_core.tracking import Tracker
 
-SECTIONS = {"base": "model", "prepare": "data", "validate": "validate_"}
+SECTIONS = {"base": "model", "prepare": "data", "validate": "validate_"}  # the others are named as the stage
 
 
 def run_stage(stage: str, params: Params, layout: Layout) -> dict[str, float]:
@@ -69,10 +69,12 @@ def open_tracker(stage: str, params: Params, layout: Layout) -> Iterator[Tracker
 
 def stage_params(stage: str, params: Params) -> dict[str, Any]:
     """The sections that a stage reads, as flat dotted keys."""
-    section = getattr(params, SECTIONS.get(stage, stage))
-    tree = {"run": params.run, "model": params.model, stage: section}
+    name = SECTIONS.get(stage, stage)
+    tree = {"run": params.run, "model": params.model, name: getattr(params, name)}
     return {
-        key: value for name, part in tree.items() for key, value in _flatten(part.model_dump(), f"{name}.")
+        key: value
+        for name, part in tree.items()
+        for key, value in _flatten(part.model_dump(), f"{name.rstrip('_')}.")
     }
 
 

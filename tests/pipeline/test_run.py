@@ -3,55 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
-
-import pytest
 
 from rlhf_core.mlflow_writer import open_client, registered_model_dir
 from rlhf_core.stages import STAGES
 
+from .checkouts import commit, make_checkout, run
+
 QUESTION = {"messages": [{"role": "user", "content": "how are you?"}], "max_tokens": 8, "seed": 3}
-
-
-def run(command, cwd, timeout=400, **env):
-    """Run a command the way a shell in the checkout would, with the checkout's own code."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "RLHF_"))}
-    environment |= {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(cwd),
-        **env,
-    }
-    return subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
-    )
-
-
-def make_checkout(root: Path, target: Path) -> Path:
-    """A git repository of the project's tracked files as they are now."""
-    listed = run(["git", "ls-files", "-co", "--exclude-standard"], root).stdout.splitlines()
-    for name in listed:
-        if (root / name).is_file():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(root / name, target / name)
-    run(["git", "init", "-q"], target)
-    run(["git", "add", "-A"], target)
-    who = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
-    done = run(["git", *who, "commit", "-q", "-m", "start"], target)
-    assert done.returncode == 0, done.stderr
-    return target
-
-
-@pytest.fixture(scope="module")
-def finished(root, tmp_path_factory):
-    """A checkout in which `rlhf run --profile smoke` has ended well, and its output."""
-    checkout = make_checkout(root, tmp_path_factory.mktemp("checkout"))
-    done = run(["rlhf", "run", "--profile", "smoke"], checkout)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return checkout, done
 
 
 def test_run_ends_with_models_reports_and_one_table(finished):
@@ -73,14 +32,15 @@ def test_run_ends_with_models_reports_and_one_table(finished):
     assert (checkout / "reports" / "validation" / "index.html").is_file()
 
 
-def test_dvc_finds_nothing_to_do_after_the_flow(finished):
+def test_dvc_finds_nothing_to_do_after_the_flow(finished, tmp_path):
     checkout, _ = finished
     done = run(["dvc", "repro"], checkout)
     assert "Data and pipelines are up to date." in done.stdout, done.stdout + done.stderr
     metrics = run(["dvc", "metrics", "show", "--json"], checkout)
     assert "reports/evaluate/metrics.json" in metrics.stdout
-    plots = run(["dvc", "plots", "show", "-o", "/tmp/plots-of-test"], checkout)
+    plots = run(["dvc", "plots", "show", "-o", str(tmp_path)], checkout)
     assert plots.returncode == 0, plots.stderr
+    assert "objective/kl" in (tmp_path / "index.html").read_text()
 
 
 def test_push_and_pull_work_with_the_default_remote(finished):
@@ -163,3 +123,18 @@ def test_without_git_there_is_one_clear_error(root, tmp_path):
     assert "not in a git repository" in done.stderr
     assert "git init" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_experiment_changes_one_stage_and_the_checkout_stays(finished):
+    checkout, _ = finished
+    commit(checkout, "the run")
+    before = (checkout / "params.yaml").read_text()
+    done = run(["dvc", "exp", "run", "-S", "evaluate.num_prompts=16", "--temp", "-n", "fewer"], checkout)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (checkout / "params.yaml").read_text() == before
+    ran = [line.split("'")[1] for line in done.stdout.splitlines() if line.startswith("Running stage")]
+    assert ran == ["evaluate"]
+    shown = run(["dvc", "metrics", "diff", "HEAD", "fewer", "--json"], checkout)
+    changes = json.loads(shown.stdout)
+    assert changes["reports/evaluate/metrics.json"]["eval/num_prompts"]["new"] == 16
+    assert "reports/ppo/metrics.json" not in changes

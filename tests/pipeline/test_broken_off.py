@@ -1,0 +1,68 @@
+"""A run that is killed goes on from its last checkpoint, and ends with the bytes of a run that was not."""
+
+from __future__ import annotations
+
+import json
+import signal
+
+import pytest
+
+from rlhf_core.mlflow_writer import open_client
+
+from .checkouts import commit, processes_below, run, start, wait_for
+
+
+@pytest.fixture(scope="module")
+def clone(finished, tmp_path_factory):
+    """A fresh clone of the commit that keeps the finished run: parameters, dvc.lock, reports; no models."""
+    checkout, _ = finished
+    commit(checkout, "keep the run")
+    target = tmp_path_factory.mktemp("clone") / "rlhf"
+    done = run(["git", "clone", "-q", str(checkout), str(target)], checkout)
+    assert done.returncode == 0, done.stderr
+    assert not (target / "models").exists()
+    return target
+
+
+def test_killed_run_goes_on_and_gives_the_same_bytes(clone, finished, tmp_path):
+    flow = start(["rlhf", "run"], clone, tmp_path / "flow.log")
+    checkpoints = clone / ".rlhf" / "runs" / "ppo" / "checkpoints"
+    try:
+        wait_for(lambda: flow.poll() is not None or list(checkpoints.glob("*/*.json")))
+        assert flow.poll() is None, (tmp_path / "flow.log").read_text()[-2000:]
+        busy = run(["rlhf", "run"], clone)
+        assert busy.returncode == 1
+        assert f"another run works here (process {flow.pid})" in busy.stderr
+    finally:
+        flow.send_signal(signal.SIGKILL)
+        flow.wait()
+    wait_for(
+        lambda: not [c for c in processes_below(clone).values() if "rlhf" in c], 30
+    )  # nothing trains unseen
+    assert not (clone / "models" / "policy").exists()
+
+    done = run(["dvc", "repro"], clone)  # without Prefect this time
+    assert done.returncode == 0, done.stderr[-2000:]
+    checkout, _ = finished
+    for stage in ("sft", "reward", "ppo", "evaluate"):
+        name = f"reports/{stage}/metrics.json"
+        assert (clone / name).read_bytes() == (checkout / name).read_bytes(), name
+    changed = run(["git", "status", "--porcelain"], clone).stdout
+    assert changed == "", "dvc.lock holds the hash of every output"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_flow_stops_its_training_and_says_how_to_go_on(clone, number, tmp_path):
+    run(["rlhf", "params", "-S", f"run.seed={int(number)}"], clone)  # so that there is something to do
+    progress = clone / ".rlhf" / "runs" / "pretrain" / "progress.json"
+    progress.unlink()
+    flow = start(["rlhf", "run"], clone, tmp_path / "flow.log")
+    wait_for(lambda: flow.poll() is not None or progress.exists())
+    flow.send_signal(number)
+    assert flow.wait(60) == 130
+    said = (tmp_path / "flow.log").read_text()
+    assert "interrupted; run the same command again to go on" in said
+    assert "Traceback" not in said
+    wait_for(lambda: not processes_below(clone), 30)
+    run_id = json.loads((clone / ".rlhf" / "runs" / "pretrain" / "mlflow.json").read_text())["run"]
+    assert open_client(clone).get_run(run_id).info.status == "KILLED"

@@ -1,0 +1,91 @@
+"""What `make up` and `mlflow models serve` start, and that they stop."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import urllib.request
+
+from flows.up import free_port
+
+from .checkouts import processes_below, run, start, wait_for
+
+
+def get(url):
+    try:
+        with urllib.request.urlopen(url, timeout=5) as reply:
+            return reply.read().decode()
+    except OSError:
+        return None
+
+
+def post(url, body):
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        return json.load(reply)
+
+
+def test_up_starts_everything_runs_the_deployment_and_stops_cleanly(finished, tmp_path):
+    checkout, _ = finished
+    log = tmp_path / "up.log"
+    up = start(["rlhf", "up"], checkout, log, RLHF_PREFECT_PORT="4300", RLHF_MLFLOW_PORT="5300")
+    try:
+        wait_for(lambda: up.poll() is not None or "Ctrl-C stops" in log.read_text(), 180)
+        assert up.poll() is None, log.read_text()
+        prefect, mlflow = re.findall(r"http://127\.0\.0\.1:\d+", log.read_text())[:2]
+        assert "html" in get(prefect)
+        assert "html" in get(mlflow)
+        (found,) = post(f"{prefect}/api/deployments/filter", {})
+        assert (found["name"], found["work_pool_name"]) == ("train", "rlhf-process")
+        fields = found["parameter_openapi_schema"]["properties"]
+        assert fields["profile"]["enum"] == ["keep", "default", "smoke"]
+        assert not any("anyOf" in field for field in fields.values())  # the form would show a type switcher
+
+        (pool,) = post(f"{prefect}/api/work_pools/filter", {})
+        assert (pool["type"], pool["concurrency_limit"]) == ("process", 1)
+        wait_for(lambda: post(f"{prefect}/api/work_pools/rlhf-process/workers/filter", {}), 60)
+        flow_run = post(f"{prefect}/api/deployments/{found['id']}/create_flow_run", {})
+        states = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+        url = f"{prefect}/api/flow_runs/{flow_run['id']}"
+        wait_for(lambda: json.loads(get(url))["state_type"] in states, 240)
+        assert json.loads(get(url))["state_type"] == "COMPLETED"
+        artifacts = post(f"{prefect}/api/artifacts/filter", {})
+        assert any("reports/evaluation" in str(artifact["data"]) for artifact in artifacts)
+    finally:
+        up.send_signal(signal.SIGINT)
+        assert up.wait(60) == 0
+    assert log.read_text().rstrip().endswith("stopped")
+    assert get(prefect) is None
+    assert get(mlflow) is None
+    wait_for(lambda: not processes_below(checkout), 20)
+
+
+def test_a_port_that_is_taken_is_passed_over():
+    taken = free_port(4400)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", taken))
+        assert free_port(taken) != taken
+
+
+def test_registered_policy_answers_over_http(finished, tmp_path):
+    checkout, _ = finished
+    log = tmp_path / "serve.log"
+    options = ["-m", "models:/rlhf-policy@candidate", "--env-manager", "local", "-p", "5402"]
+    store = f"sqlite:///{checkout}/mlflow.db"
+    command = ["mlflow", "models", "serve", *options]
+    server = start(command, checkout, log, MLFLOW_TRACKING_URI=store, MLFLOW_DISABLE_TELEMETRY="true")
+    body = {"messages": [{"role": "user", "content": "how are you?"}], "max_tokens": 6, "seed": 3}
+    try:
+        wait_for(lambda: server.poll() is not None or get("http://127.0.0.1:5402/ping") is not None, 120)
+        reply = post("http://127.0.0.1:5402/invocations", body)
+        assert reply["choices"][0]["message"]["role"] == "assistant"
+        assert 0 < reply["usage"]["completion_tokens"] <= 6
+        again = post("http://127.0.0.1:5402/invocations", body)
+        assert again["choices"] == reply["choices"]  # the seed says what is sampled
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(30)
+        for pid in processes_below(checkout):
+            run(["kill", "-9", str(pid)], checkout)
