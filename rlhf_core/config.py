@@ -178,6 +178,7 @@ class PreferencesConfig(Section):
     responses_per_prompt: int = Field(ge=2)
     pairs_per_prompt: PositiveInt
     max_human_pairs: NonNegativeInt
+    finished_only: bool
     labeler: Literal["vader", "judge", "endpoint", "function"]
     labeler_target: str
     min_margin: NonNegativeFloat

@@ -8,6 +8,7 @@ import signal
 import pytest
 
 from rlhf_core.mlflow_writer import open_client
+from rlhf_core.stages import STAGES
 
 from .checkouts import commit, processes_below, run, start, wait_for
 
@@ -66,3 +67,19 @@ def test_stopped_flow_stops_its_training_and_says_how_to_go_on(clone, number, tm
     wait_for(lambda: not processes_below(clone), 30)
     run_id = json.loads((clone / ".rlhf" / "runs" / "pretrain" / "mlflow.json").read_text())["run"]
     assert open_client(clone).get_run(run_id).info.status == "KILLED"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_ctrl_c_in_any_stage_leaves_what_was_there(finished, stage, tmp_path):
+    checkout, _ = finished
+    progress = checkout / ".rlhf" / "runs" / stage / "progress.json"
+    progress.unlink(missing_ok=True)
+    log = tmp_path / "stage.log"
+    process = start(["rlhf", stage], checkout, log, RLHF_TRACKING="off")
+    wait_for(lambda: process.poll() is not None or progress.exists(), 60)
+    process.send_signal(signal.SIGINT)
+    status = process.wait(30)
+    assert status == 130, log.read_text()
+    assert "interrupted; run the same command again to go on" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert "up to date" in run(["dvc", "status"], checkout).stdout  # every output has the bytes it had
