@@ -178,7 +178,6 @@ class PreferencesConfig(Section):
     responses_per_prompt: int = Field(ge=2)
     pairs_per_prompt: PositiveInt
     max_human_pairs: NonNegativeInt
-    finished_only: bool
     labeler: Literal["vader", "judge", "endpoint", "function"]
     labeler_target: str
     min_margin: NonNegativeFloat
@@ -216,6 +215,9 @@ class RewardConfig(TrainingSection):
     confidence: float = Field(gt=0.5, lt=1.0)
     eval_every: PositiveInt
     num_watched_pairs: PositiveInt
+    margin_scale: NonNegativeFloat
+    label_smoothing: float = Field(ge=0.0, lt=0.5)
+    centering_coef: NonNegativeFloat
 
     @model_validator(mode="after")
     def check_batch_sizes(self) -> Self:
@@ -235,12 +237,24 @@ class PPOConfig(TrainingSection):
     critic_learning_rate: PositiveFloat
     warmup_updates: NonNegativeInt
     kl_coef: NonNegativeFloat
+    kl_in: Literal["reward", "loss"]
+    kl_estimator: Literal["k1", "k2", "k3"]
+    kl_target: NonNegativeFloat
+    kl_horizon: PositiveFloat
     kl_budget: PositiveFloat
+    approx_kl_stop: NonNegativeFloat
+    advantages: Literal["gae", "rloo", "grpo", "reinforce++"]
     gamma: float = Field(gt=0.0, le=1.0)
     gae_lambda: float = Field(ge=0.0, le=1.0)
-    cliprange: float = Field(gt=0.0, lt=1.0)
+    cliprange_low: float = Field(gt=0.0, lt=1.0)
+    cliprange_high: PositiveFloat
     cliprange_value: PositiveFloat
+    dual_clip: NonNegativeFloat
+    entropy_coef: NonNegativeFloat
     missing_eos_penalty: NonNegativeFloat
+    length_penalty: NonNegativeFloat
+    repetition_penalty: NonNegativeFloat
+    reward_function: str = Field(pattern=r"^$|^[\w.]+:\w+$")
     checkpoint_every: PositiveInt
     sampling: SamplingConfig
 
@@ -255,6 +269,30 @@ class PPOConfig(TrainingSection):
         _check_multiple("ppo", rollout, ("samples_per_prompt", self.samples_per_prompt))
         _check_multiple("ppo", rollout, minibatch)
         _check_multiple("ppo", minibatch, ("micro_batch_size", self.micro_batch_size))
+        return self
+
+    @property
+    def has_critic(self) -> bool:
+        """GAE needs value estimates; the other advantages are taken from the samples alone."""
+        return self.advantages == "gae"
+
+    @model_validator(mode="after")
+    def check_objective(self) -> Self:
+        if self.kl_in == "loss" and self.kl_estimator == "k1":
+            raise ValueError(
+                "ppo.kl_estimator (k1) must be k2 or k3 where ppo.kl_in is loss: as a loss, k1 has an "
+                "expected gradient of 0"
+            )
+        if self.advantages in ("rloo", "grpo") and self.samples_per_prompt < 2:
+            raise ValueError(
+                f"ppo.samples_per_prompt ({self.samples_per_prompt}) must be at least 2 where "
+                f"ppo.advantages is {self.advantages}: it compares the samples of one prompt"
+            )
+        if 0.0 < self.dual_clip <= 1.0 + self.cliprange_high:
+            raise ValueError(
+                f"ppo.dual_clip ({self.dual_clip}) must be 0, or above 1 + ppo.cliprange_high "
+                f"({self.cliprange_high})"
+            )
         return self
 
     @model_validator(mode="after")

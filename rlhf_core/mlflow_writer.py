@@ -85,6 +85,9 @@ class MlflowWriter:
         data = {key: [row.get(key) for row in rows] for key in rows[0]}
         self._jobs.put(lambda: self._client.log_table(self._run_id, data, f"{name}.json"))
 
+    def tag(self, name: str, value: str) -> None:
+        self._jobs.put(lambda: self._client.set_tag(self._run_id, name, value))
+
     def artifact(self, path: Path) -> None:
         def job() -> None:
             if path.is_dir():

@@ -15,6 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from rlhf_core.atomic import write_text
 from rlhf_core.mlflow_writer import MlflowWriter
 
 
@@ -30,11 +31,13 @@ class Tracker:
         self.run_dir = run_dir
         self.history: list[dict[str, float]] = []
         self.perf: dict[str, float] = {}
+        self.warnings: dict[str, str] = {}
         self._writer = writer
         self._bar: tqdm | None = None
         self._last_progress = 0.0
         run_dir.mkdir(parents=True, exist_ok=True)
-        for leftover in (run_dir / "history.jsonl", run_dir / "progress.json", *run_dir.glob("*.table.json")):
+        names = ("history.jsonl", "progress.json", "warnings.json")
+        for leftover in (*(run_dir / name for name in names), *run_dir.glob("*.table.json")):
             leftover.unlink(missing_ok=True)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -63,6 +66,16 @@ class Tracker:
         (self.run_dir / f"{name}.table.json").write_text(text, encoding="utf-8")
         if self._writer and rows:
             self._writer.table(name, rows)
+
+    def warn(self, name: str, text: str) -> None:
+        """Warn once of `name`: on stderr, in run_dir/warnings.json, and as a tag in MLflow."""
+        if name in self.warnings:
+            return
+        self.warnings[name] = text
+        tqdm.write(f"warning: {self.stage}: {text}", file=sys.stderr)
+        write_text(self.run_dir / "warnings.json", json.dumps(self.warnings))
+        if self._writer:
+            self._writer.tag(f"warning.{name}", text)
 
     def artifact(self, path: Path) -> None:
         """Record a file or directory (plot, report)."""

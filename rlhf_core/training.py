@@ -22,6 +22,7 @@ from rlhf_core.checkpoint import (
     optimizer_tensors,
     parameter_tensors,
 )
+from rlhf_core.optim import SkipGuard, step_if_finite
 from rlhf_core.tracking import Tracker
 
 CHECKPOINT_SECONDS = 60.0
@@ -96,9 +97,11 @@ def train(
     last_saved = started = time.monotonic()
     tokens = 0
     evaluation: dict[str, float] = {}
+    guard = SkipGuard()
     for step in range(first, schedule.num_steps):
         batch = [rows[i] for i in step_rows(len(rows), schedule.batch_size, step, seed)]
         metrics = train_step(task, batch, parameters, optimizer, schedule, step)
+        guard.note(metrics["train/skipped_steps"], f"{tracker.stage}, step {step + 1}")
         if (step + 1) % schedule.eval_every == 0 or step + 1 == schedule.num_steps:
             evaluation = task.evaluate()
             metrics |= evaluation
@@ -132,11 +135,13 @@ def train_step(
     learning_rate = schedule.learning_rate_at(step)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    grad_norm = nn.utils.clip_grad_norm_(parameters, schedule.max_grad_norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    grad_norm, taken = step_if_finite(optimizer, parameters, schedule.max_grad_norm)
     metrics = {name: float(sum(s[name] for s in sums)) / weight for name in sums[0]}
-    return metrics | {"train/grad_norm": float(grad_norm), "train/learning_rate": learning_rate}
+    return metrics | {
+        "train/grad_norm": grad_norm,
+        "train/learning_rate": learning_rate,
+        "train/skipped_steps": float(not taken),
+    }
 
 
 def _save(

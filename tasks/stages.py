@@ -17,6 +17,7 @@ from prefect.artifacts import (
     create_table_artifact,
     update_progress_artifact,
 )
+from prefect.events import emit_event
 from prefect.logging import get_run_logger
 
 from rlhf_core.cli import PARENT_DEATH_VARIABLE, QUIET
@@ -52,6 +53,12 @@ def run_stage(root: Path, stage: str, params: Params, parent_run_id: str = "") -
     logger = get_run_logger()
     (layout.run_dir(stage) / "failure.json").unlink(missing_ok=True)
     progress = Progress(stage, layout)
+    alarms = Alarms(stage, layout)
+
+    def on_tick() -> None:
+        progress.update()
+        alarms.update()
+
     done = run_command(
         [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage],
         cwd=root,
@@ -59,7 +66,7 @@ def run_stage(root: Path, stage: str, params: Params, parent_run_id: str = "") -
         on_line=logger.info,
         log_file=layout.run_dir(stage) / "output.log",
         time_limit=params.flow.stage_time_limit,
-        on_tick=progress.update,
+        on_tick=on_tick,
     )
     if done.timed_out or done.returncode != 0:
         raise stage_error(stage, done, layout, params)
@@ -123,6 +130,26 @@ class Progress:
             )
         else:
             update_progress_artifact(self._artifact, percent)
+
+
+class Alarms:
+    """An event `rlhf.warning.NAME` for each warning in .rlhf/runs/STAGE/warnings.json, for automations."""
+
+    def __init__(self, stage: str, layout: Layout) -> None:
+        self._stage = stage
+        self._file = layout.run_dir(stage) / "warnings.json"
+        self._file.unlink(missing_ok=True)
+        self._sent: set[str] = set()
+
+    def update(self) -> None:
+        for name, text in _read(self._file).items():
+            if name not in self._sent:
+                self._sent.add(name)
+                emit_event(
+                    f"rlhf.warning.{name}",
+                    resource={"prefect.resource.id": f"rlhf.stage.{self._stage}"},
+                    payload={"stage": self._stage, "warning": text},
+                )
 
 
 def show(result: StageResult, layout: Layout) -> None:

@@ -37,7 +37,7 @@ def change(tree, key, value):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("ppo.cliprange", 1.5, "ppo.cliprange = 1.5: Input should be less than 1"),
+        ("ppo.cliprange_low", 1.5, "ppo.cliprange_low = 1.5: Input should be less than 1"),
         (
             "ppo.micro_batch_size",
             5,
@@ -69,6 +69,9 @@ def change(tree, key, value):
             999,
             r"data.min_prompt_chars \(999\) must not exceed data.max_prompt_chars",
         ),
+        ("ppo.kl_in", "loss", r"ppo.kl_estimator \(k1\) must be k2 or k3 where ppo.kl_in is loss"),
+        ("ppo.dual_clip", 1.1, r"ppo.dual_clip \(1.1\) must be 0, or above 1 \+ ppo.cliprange_high \(0.2\)"),
+        ("ppo.reward_function", "no colon", "ppo.reward_function = 'no colon'"),
         ("run.seed", -1, "run.seed = -1: Input should be greater than or equal to 0"),
         ("ppo.learning_rate", float("nan"), "ppo.learning_rate = nan: Input should be"),
         ("sft.num_epochs", "many", "sft.num_epochs = 'many': Input should be a valid integer"),
@@ -108,8 +111,8 @@ def test_overrides_change_the_file_and_keep_its_comments(file):
 
 def test_refused_override_leaves_the_file_as_it_was(file):
     before = file.read_text()
-    with pytest.raises(InputError, match="cliprange=3"):
-        change_params(file, {"ppo.cliprange": 3})
+    with pytest.raises(InputError, match="cliprange_low=3"):
+        change_params(file, {"ppo.cliprange_low": 3})
     assert file.read_text() == before
 
 

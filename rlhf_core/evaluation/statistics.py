@@ -99,6 +99,29 @@ def length_baseline_accuracy(chosen_lengths: Sequence[int], rejected_lengths: Se
     return max(longer, 1.0 - longer)
 
 
+def brier_score(probabilities: Sequence[float]) -> float:
+    """Mean of (p - 1)^2, p the probability given to the answer that was chosen (Brier 1950).
+
+    0 is perfect, 1/4 is what a coin gets.
+    """
+    return float(np.mean((np.asarray(probabilities) - 1.0) ** 2))
+
+
+def expected_calibration_error(probabilities: Sequence[float], bins: int = 10) -> float:
+    """How far confidence and accuracy lie apart (Naeini et al. 2015), weighted over equal bins of confidence.
+
+    `probabilities` are those given to the chosen answers: confidence is max(p, 1 - p), and right is p > 1/2.
+    """
+    chosen = np.asarray(probabilities)
+    confidence, right = np.maximum(chosen, 1.0 - chosen), chosen > 0.5
+    which = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    gaps = [
+        (which == b).sum() * abs(right[which == b].mean() - confidence[which == b].mean())
+        for b in np.unique(which)
+    ]
+    return float(sum(gaps) / len(chosen))
+
+
 def win_rates(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     """By prompt: 1 where ours scores higher, 1/2 for a tie, else 0. Their mean is the win rate."""
     return [0.5 if a == b else float(a > b) for a, b in zip(ours, theirs, strict=True)]

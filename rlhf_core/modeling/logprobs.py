@@ -25,15 +25,18 @@ def response_hidden(hidden: Tensor, batch: TokenBatch) -> Tensor:
     return hidden[rows, batch.prompt_lengths[rows] - 1 + offsets]
 
 
-def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def token_logprobs(
+    logits: Tensor, tokens: Tensor, temperature: float, *, entropy_gradient: bool = False
+) -> tuple[Tensor, Tensor]:
     """Log-probability of each token and entropy of its distribution, in nats.
 
-    logits (N, V) of any type, tokens (N,); returns (N,) and (N,) in float32, the entropy without gradient.
+    logits (N, V) of any type, tokens (N,); returns (N,) and (N,) in float32, the entropy without gradient
+    unless `entropy_gradient` asks for it.
     """
     scaled = logits.float() / temperature
     log_norm = torch.logsumexp(scaled, dim=-1)
     logprobs = scaled.gather(-1, tokens[:, None]).squeeze(-1) - log_norm
-    with torch.no_grad():
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         probs = torch.exp(scaled - log_norm[:, None])
         entropy = log_norm - (probs * scaled).sum(-1)
     return logprobs, entropy

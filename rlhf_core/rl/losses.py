@@ -11,12 +11,23 @@ from rlhf_core.rl.tensor_ops import masked_sum
 
 
 def policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, response_mask: Tensor, *, cliprange: float
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    *,
+    cliprange_low: float,
+    cliprange_high: float,
+    dual_clip: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped PPO surrogate (Schulman et al. 2017, eq. 7), summed over response tokens.
 
-        L = -sum_t m_t * min(r_t * A_t, clip(r_t, 1 - eps, 1 + eps) * A_t)
+        L = -sum_t m_t * min(r_t * A_t, clip(r_t, 1 - low, 1 + high) * A_t)
         r_t = exp(logprobs_t - old_logprobs_t)
+
+    A wider upper range lets unlikely tokens rise (Yu et al. 2025, "clip-higher"). With `dual_clip` c > 1 the
+    inner minimum is at least c * A_t where A_t < 0 (Ye et al. 2020, eq. 5): a token that has become far more
+    likely than it was cannot dominate the step.
 
     A sum, not a mean: the caller divides by the token count of the whole optimizer step,
     so the gradient does not depend on how the step is cut into micro-batches.
@@ -26,8 +37,12 @@ def policy_loss(
     log_ratio = (logprobs - old_logprobs).masked_fill(~response_mask, 0.0)
     ratio = log_ratio.exp()
     surrogate = ratio * advantages
-    clipped = ratio.clamp(1.0 - cliprange, 1.0 + cliprange) * advantages
-    loss = -masked_sum(torch.minimum(surrogate, clipped), response_mask)
+    clipped = ratio.clamp(1.0 - cliprange_low, 1.0 + cliprange_high) * advantages
+    objective = torch.minimum(surrogate, clipped)
+    if dual_clip > 0.0:
+        bounded = torch.maximum(objective, dual_clip * advantages)
+        objective = torch.where(advantages < 0.0, bounded, objective)
+    loss = -masked_sum(objective, response_mask)
     stats = {
         "policy/clipfrac": (clipped < surrogate).float(),
         "policy/approx_kl": ratio - 1.0 - log_ratio,  # k3 estimator, never negative
@@ -53,14 +68,29 @@ def value_loss(
     return loss, {name: masked_sum(x.detach(), response_mask) for name, x in stats.items()}
 
 
-def pairwise_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Bradley-Terry negative log-likelihood, -log sigmoid(s_w - s_l) (Ouyang et al. 2022, eq. 1), summed
-    over pairs.
+def pairwise_loss(
+    chosen_scores: Tensor,
+    rejected_scores: Tensor,
+    *,
+    margins: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    centering_coef: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Bradley-Terry negative log-likelihood (Ouyang et al. 2022, eq. 1), summed over pairs.
+
+        L = sum -(1 - e) log sigmoid(d - m) - e log sigmoid(-(d - m)) + c (s_w + s_l)^2,   d = s_w - s_l
+
+    m asks for a wider gap where people saw one (Touvron et al. 2023, eq. 2); e is the share of labels held to
+    be wrong, and keeps the scores of noisy pairs finite; c keeps scores near zero (Eisenstein et al. 2023,
+    section 2), which the likelihood alone leaves free.
 
     Shapes: (B,) each.
     """
-    margin = chosen_scores - rejected_scores
-    return -logsigmoid(margin).sum(), {
-        "train/accuracy": (margin.detach() > 0).sum(),
-        "train/margin": margin.detach().sum(),
-    }
+    gap = chosen_scores - rejected_scores
+    wanted = gap if margins is None else gap - margins
+    loss = -logsigmoid(wanted).sum()
+    if label_smoothing > 0.0:
+        loss = (1.0 - label_smoothing) * loss - label_smoothing * logsigmoid(-wanted).sum()
+    if centering_coef > 0.0:
+        loss = loss + centering_coef * ((chosen_scores + rejected_scores) ** 2).sum()
+    return loss, {"train/accuracy": (gap.detach() > 0).sum(), "train/margin": gap.detach().sum()}

@@ -2,7 +2,7 @@
 it.
 
 Actor and critic share no trained weight, so each has its own optimizer and gradient clip, and there is no
-value coefficient: Adam would cancel it. Left out: entropy bonus, adaptive KL, several rewards.
+value coefficient: Adam would cancel it. With advantages other than GAE there is no critic at all.
 """
 
 from __future__ import annotations
@@ -14,41 +14,52 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_core.config import PPOConfig
+from rlhf_core.evaluation.text_metrics import repeated_share
 from rlhf_core.generation import Generation, generate
 from rlhf_core.modeling.encoding import TokenBatch, encode_prompt, make_batch
 from rlhf_core.modeling.logprobs import response_hidden, scatter_to_mask, token_logprobs
 from rlhf_core.modeling.reward import RewardScorer, ScalarHead
 from rlhf_core.modeling.roles import REFERENCE, Roles
-from rlhf_core.rl.advantages import gae, token_rewards
+from rlhf_core.optim import step_if_finite
+from rlhf_core.rl.advantages import gae, grpo, rewards_to_go, rloo, token_rewards
+from rlhf_core.rl.kl import kl_estimate
 from rlhf_core.rl.losses import policy_loss, value_loss
+from rlhf_core.rl.rewards import Messages, RewardFunction, reward_parts
 from rlhf_core.rl.tensor_ops import masked_mean, masked_sum, masked_var, whiten
-
-Messages = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
 class Actors:
-    """The models of PPO: roles policy, reference, critic and reward, and the critic's head."""
+    """The models of PPO: roles policy, reference, critic and reward; the critic's head when there is one."""
 
     roles: Roles
-    value_head: ScalarHead
+    value_head: ScalarHead | None
     scorer: RewardScorer
+    reward_function: RewardFunction | None = None
 
     def policy_parameters(self) -> list[nn.Parameter]:
         return self.roles.parameters("policy")
 
     def critic_parameters(self) -> list[nn.Parameter]:
+        if self.value_head is None:
+            return []
         return [*self.roles.parameters("critic"), *self.value_head.parameters()]
 
-    def logprobs(self, role: str, batch: TokenBatch, temperature: float) -> tuple[Tensor, Tensor]:
+    def logprobs(
+        self, role: str, batch: TokenBatch, temperature: float, *, entropy_gradient: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies of the response tokens, (B, R) each, zero outside the mask."""
         hidden = response_hidden(self.roles.hidden(role, batch.input_ids), batch)
         tokens = batch.responses[batch.response_mask]
-        logprobs, entropy = token_logprobs(self.roles.logits(role, hidden), tokens, temperature)
+        logprobs, entropy = token_logprobs(
+            self.roles.logits(role, hidden), tokens, temperature, entropy_gradient=entropy_gradient
+        )
         return scatter_to_mask(logprobs, batch.response_mask), scatter_to_mask(entropy, batch.response_mask)
 
     def values(self, batch: TokenBatch) -> Tensor:
-        """Estimates just before each response token, (B, R), zero outside the mask."""
+        """Estimates just before each response token, (B, R), zero outside the mask or without a critic."""
+        if self.value_head is None:
+            return torch.zeros(batch.response_mask.shape, device=batch.response_mask.device)
         hidden = response_hidden(self.roles.hidden("critic", batch.input_ids), batch)
         return scatter_to_mask(self.value_head(hidden), batch.response_mask)
 
@@ -65,8 +76,9 @@ class Rollout:
     ref_logprobs: Tensor  # (B, R)
     entropy: Tensor  # (B, R)
     values: Tensor  # (B, R)
-    scores: Tensor  # (B,) of the reward model, end penalty included
-    advantages: Tensor  # (B, R), whitened over the whole batch
+    parts: dict[str, Tensor]  # (B,) each: what the score adds up from
+    scores: Tensor  # (B,)
+    advantages: Tensor  # (B, R)
     returns: Tensor  # (B, R)
 
     @property
@@ -87,6 +99,7 @@ class Rollout:
             conversations=[self.conversations[i] for i in rows],
             answers=[self.answers[i] for i in rows],
             prompts=[self.prompts[i] for i in rows],
+            parts={name: part[index] for name, part in self.parts.items()},
             scores=self.scores[index],
             **{name: getattr(self, name)[index, :longest] for name in fields},
         )
@@ -104,8 +117,17 @@ class Rollout:
 
 
 @torch.no_grad()
-def collect(actors: Actors, conversations: Sequence[Messages], config: PPOConfig, seed: int) -> Rollout:
-    """Sample `samples_per_prompt` answers to each conversation, score them, and estimate advantages."""
+def collect(
+    actors: Actors,
+    conversations: Sequence[Messages],
+    config: PPOConfig,
+    seed: int,
+    kl_coef: float | None = None,
+) -> Rollout:
+    """Sample `samples_per_prompt` answers to each conversation, score them, and estimate advantages.
+
+    `kl_coef` is the price of KL now, when it is not the one in `config`.
+    """
     sampling = config.sampling.model_copy(update={"seed": seed})
     tokenizer = actors.roles.tokenizer
     with actors.roles.using("policy") as model:
@@ -121,19 +143,20 @@ def collect(actors: Actors, conversations: Sequence[Messages], config: PPOConfig
     answers = [answer for group in grouped for answer in group]
     prompts = [encode_prompt(tokenizer, messages) for messages in repeated]
 
-    scores = torch.tensor(actors.scorer.score(repeated, [answer.text for answer in answers]))
-    unfinished = torch.tensor([not answer.finished for answer in answers])
-    scores = (scores - config.missing_eos_penalty * unfinished).to(actors.roles.device)
+    parts = reward_parts(actors.scorer, actors.reward_function, config, repeated, answers)
+    parts = {name: part.to(actors.roles.device) for name, part in parts.items()}
     blank = _empty(answers, actors.roles.device)
     rollout = Rollout(
         conversations=repeated,
         answers=answers,
         prompts=prompts,
-        scores=scores,
+        parts=parts,
+        scores=torch.stack(list(parts.values())).sum(dim=0),
         **dict.fromkeys(_TENSORS, blank),
     )
     rollout = replace(rollout, response_mask=_mask(answers, actors.roles.device))
-    return with_advantages(_with_forwards(actors, rollout, config), config)
+    price = config.kl_coef if kl_coef is None else kl_coef
+    return with_advantages(_with_forwards(actors, rollout, config), config, price)
 
 
 _TENSORS = ("response_mask", "logprobs", "ref_logprobs", "entropy", "values", "advantages", "returns")
@@ -169,21 +192,33 @@ def _with_forwards(actors: Actors, rollout: Rollout, config: PPOConfig) -> Rollo
     return replace(rollout, **filled)
 
 
-def with_advantages(rollout: Rollout, config: PPOConfig) -> Rollout:
+def with_advantages(rollout: Rollout, config: PPOConfig, kl_coef: float) -> Rollout:
+    """Fill in advantages and, for a critic, returns; whitened over the whole batch if the method does."""
     mask = rollout.response_mask
-    rewards = token_rewards(
-        rollout.scores, rollout.logprobs, rollout.ref_logprobs, mask, kl_coef=config.kl_coef
-    )
-    advantages, returns = gae(rewards, rollout.values, mask, gamma=config.gamma, gae_lambda=config.gae_lambda)
-    return replace(rollout, advantages=whiten(advantages, mask), returns=returns)
+    kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, config.kl_estimator)
+    in_reward = kl_coef if config.kl_in == "reward" else 0.0
+    rewards = token_rewards(rollout.scores, kl, mask, kl_coef=in_reward)
+    returns = torch.zeros_like(rewards)
+    if config.advantages == "gae":
+        advantages, returns = gae(
+            rewards, rollout.values, mask, gamma=config.gamma, gae_lambda=config.gae_lambda
+        )
+        advantages = whiten(advantages, mask)
+    elif config.advantages == "reinforce++":
+        advantages = whiten(rewards_to_go(rewards, mask, gamma=config.gamma), mask)
+    else:
+        estimate = rloo if config.advantages == "rloo" else grpo
+        advantages = estimate(rewards, mask, group_size=config.samples_per_prompt)
+    return replace(rollout, advantages=advantages, returns=returns)
 
 
 def ppo_step(
     actors: Actors,
     policy_optimizer: torch.optim.Optimizer,
-    critic_optimizer: torch.optim.Optimizer,
+    critic_optimizer: torch.optim.Optimizer | None,
     minibatch: Rollout,
     config: PPOConfig,
+    kl_coef: float,
 ) -> dict[str, float]:
     """Take one optimizer step of actor and critic on `minibatch`; return per-token metrics."""
     num_tokens = minibatch.response_mask.sum()
@@ -191,64 +226,113 @@ def ppo_step(
     for part in minibatch.micro_batches(config.micro_batch_size):
         batch = part.batch(actors.roles.tokenizer.pad_token_id)
         mask = part.response_mask
-        logprobs, _ = actors.logprobs("policy", batch, config.sampling.temperature)
-        pg_loss, pg_stats = policy_loss(
-            logprobs, part.logprobs, part.advantages, mask, cliprange=config.cliprange
-        )
-        (pg_loss / num_tokens).backward()
-        values = actors.values(batch)
-        vf_loss, vf_stats = value_loss(
-            values, part.values, part.returns, mask, cliprange=config.cliprange_value
-        )
-        (vf_loss / num_tokens).backward()
-        sums.append(pg_stats | vf_stats | {"policy/loss": pg_loss.detach(), "value/loss": vf_loss.detach()})
+        stats = _policy_backward(actors, part, batch, config, kl_coef, num_tokens)
+        if critic_optimizer is not None:
+            values = actors.values(batch)
+            vf_loss, vf_stats = value_loss(
+                values, part.values, part.returns, mask, cliprange=config.cliprange_value
+            )
+            (vf_loss / num_tokens).backward()
+            stats |= vf_stats | {"value/loss": vf_loss.detach()}
+        sums.append(stats)
 
-    norms = {}
+    norms: dict[str, float] = {}
     for name, optimizer in (("policy", policy_optimizer), ("value", critic_optimizer)):
+        if optimizer is None:
+            continue
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norms[f"{name}/grad_norm"] = float(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        norm, taken = step_if_finite(optimizer, parameters, config.max_grad_norm)
+        norms |= {f"{name}/grad_norm": norm, f"{name}/skipped_steps": float(not taken)}
     return {name: float(sum(s[name] for s in sums) / num_tokens) for name in sums[0]} | norms
+
+
+def _policy_backward(
+    actors: Actors, part: Rollout, batch: TokenBatch, config: PPOConfig, kl_coef: float, num_tokens: Tensor
+) -> dict[str, Tensor]:
+    """Gradient of the surrogate and of the terms beside it, and their sums over response tokens."""
+    mask = part.response_mask
+    logprobs, entropy = actors.logprobs(
+        "policy", batch, config.sampling.temperature, entropy_gradient=config.entropy_coef > 0.0
+    )
+    surrogate, stats = policy_loss(
+        logprobs,
+        part.logprobs,
+        part.advantages,
+        mask,
+        cliprange_low=config.cliprange_low,
+        cliprange_high=config.cliprange_high,
+        dual_clip=config.dual_clip,
+    )
+    loss = surrogate
+    if config.entropy_coef > 0.0:
+        loss = loss - config.entropy_coef * masked_sum(entropy, mask)
+    if config.kl_in == "loss":
+        kl = masked_sum(kl_estimate(logprobs, part.ref_logprobs, config.kl_estimator), mask)
+        stats["policy/kl_loss"] = kl.detach()
+        loss = loss + kl_coef * kl
+    (loss / num_tokens).backward()
+    return stats | {"policy/loss": surrogate.detach()}
 
 
 def update(
     actors: Actors,
     policy_optimizer: torch.optim.Optimizer,
-    critic_optimizer: torch.optim.Optimizer,
+    critic_optimizer: torch.optim.Optimizer | None,
     rollout: Rollout,
     config: PPOConfig,
     seed: int,
+    kl_coef: float | None = None,
 ) -> dict[str, float]:
-    """All passes over one rollout, each with a fresh permutation; metrics are means over the steps."""
+    """All passes over one rollout, each with a fresh permutation; metrics are means over the steps.
+
+    With `approx_kl_stop` the passes end after the step that moved the policy further than that.
+    """
+    price = config.kl_coef if kl_coef is None else kl_coef
     steps: list[dict[str, float]] = []
     generator = torch.Generator().manual_seed(seed)
     for _ in range(config.num_ppo_epochs):
         order = torch.randperm(len(rollout.answers), generator=generator).tolist()
         for start in range(0, len(order), config.minibatch_size):
             minibatch = rollout.select(order[start : start + config.minibatch_size])
-            steps.append(ppo_step(actors, policy_optimizer, critic_optimizer, minibatch, config))
-    return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+            steps.append(ppo_step(actors, policy_optimizer, critic_optimizer, minibatch, config, price))
+            if 0.0 < config.approx_kl_stop < steps[-1]["policy/approx_kl"]:
+                return _means(steps)
+    return _means(steps)
 
 
-def rollout_metrics(rollout: Rollout, config: PPOConfig) -> dict[str, float]:
+def _means(steps: Sequence[dict[str, float]]) -> dict[str, float]:
+    means = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+    skipped = {name: sum(step[name] for step in steps) for name in means if name.endswith("/skipped_steps")}
+    return means | skipped | {"policy/num_steps": len(steps)}
+
+
+def rollout_metrics(rollout: Rollout, config: PPOConfig, kl_coef: float | None = None) -> dict[str, float]:
     """What the rollout says of the policy that made it. Per episode unless named otherwise."""
+    price = config.kl_coef if kl_coef is None else kl_coef
     mask = rollout.response_mask
     kl = rollout.kl
     finished = torch.tensor([answer.finished for answer in rollout.answers], dtype=torch.float32)
-    residual = masked_var(rollout.returns - rollout.values, mask)
+    value_metrics = {}
+    if config.has_critic:
+        residual = masked_var(rollout.returns - rollout.values, mask)
+        explained = 1.0 - residual / masked_var(rollout.returns, mask).clamp(min=1e-8)
+        value_metrics = {
+            "value/mean": masked_mean(rollout.values, mask).item(),
+            "value/explained_variance": explained.item(),
+        }
+    parts = {f"reward_part/{name}": part.mean().item() for name, part in rollout.parts.items()}
     return {
         "objective/scores": rollout.scores.mean().item(),
         "objective/scores_std": rollout.scores.std(unbiased=False).item(),
         "objective/kl": kl.mean().item(),
+        "objective/kl_coef": price,
         "objective/kl_per_token": (kl.sum() / mask.sum()).item(),
-        "objective/rlhf_reward": (rollout.scores - config.kl_coef * kl).mean().item(),
+        "objective/rlhf_reward": (rollout.scores - price * kl).mean().item(),
         "objective/entropy": masked_mean(rollout.entropy, mask).item(),
         "rollout/response_length": mask.sum(dim=1).float().mean().item(),
         "rollout/eos_rate": finished.mean().item(),
-        "value/mean": masked_mean(rollout.values, mask).item(),
-        "value/explained_variance": (
-            1.0 - residual / masked_var(rollout.returns, mask).clamp(min=1e-8)
-        ).item(),
+        "rollout/repeated_4": repeated_share([answer.text for answer in rollout.answers]),
         "rollout/tokens": masked_sum(torch.ones_like(rollout.logprobs), mask).item(),
+        **value_metrics,
+        **parts,
     }

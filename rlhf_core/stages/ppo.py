@@ -22,11 +22,14 @@ from rlhf_core.checkpoint import (
 from rlhf_core.config import Params, PPOConfig
 from rlhf_core.data.rows import read_rows
 from rlhf_core.errors import InputError
-from rlhf_core.labelers import Labeler, make_labeler
+from rlhf_core.labelers import FunctionLabeler, Labeler, make_labeler
 from rlhf_core.layout import Layout
 from rlhf_core.modeling.loading import load_policy, load_tokenizer, read_provenance
 from rlhf_core.modeling.reward import load_head, load_normalisation, scorer_of_role
 from rlhf_core.modeling.roles import REFERENCE, AdapterRoles, FullRoles, Roles
+from rlhf_core.optim import SkipGuard
+from rlhf_core.rl.alarms import alarms
+from rlhf_core.rl.kl import KLController
 from rlhf_core.rl.ppo import Actors, Rollout, collect, rollout_metrics, update
 from rlhf_core.stages.sft import save_causal_model
 from rlhf_core.tracking import Tracker
@@ -65,20 +68,24 @@ def open_actors(params: Params, layout: Layout) -> Actors:
         roles = FullRoles(load_tokenizer(sft), params)
         roles.add("policy", path=sft)
         roles.add(REFERENCE, path=sft, trained=False)
-        roles.add("critic", path=reward)
+        if params.ppo.has_critic:
+            roles.add("critic", path=reward)
         roles.add("reward", path=reward, trained=False)
     else:
         model, tokenizer = load_policy(sft, params.run)
         roles = AdapterRoles(model, tokenizer, params.model.lora)
         roles.add("policy", seed=params.run.seed)
-        roles.add("critic", seed=0, start=reward)
+        if params.ppo.has_critic:
+            roles.add("critic", seed=0, start=reward)
         roles.add("reward", seed=0, start=reward)
     with roles.using("policy") as model:
         head = load_head(reward, model.config.hidden_size).to(roles.device)
     normalisation = load_normalisation(reward)
     scorer = scorer_of_role(roles, copy.deepcopy(head), normalisation, load_tokenizer(reward))
     normalisation.fold_into(head)
-    return Actors(roles, head, scorer)
+    target = params.ppo.reward_function
+    function = FunctionLabeler(target, layout.root) if target else None
+    return Actors(roles, head if params.ppo.has_critic else None, scorer, function)
 
 
 @dataclass
@@ -106,7 +113,10 @@ class Training:
         self.checkpoints, self.tracker = checkpoints, tracker
         config = params.ppo
         self.policy_optimizer = make_optimizer(actors.policy_parameters(), config.learning_rate)
-        self.critic_optimizer = make_optimizer(actors.critic_parameters(), config.critic_learning_rate)
+        critic = actors.critic_parameters()
+        self.critic_optimizer = make_optimizer(critic, config.critic_learning_rate) if critic else None
+        self.kl = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
+        self.guard = SkipGuard()
         self.snapshot: Snapshot | None = None
         self.seconds: dict[str, float] = {}
 
@@ -117,7 +127,7 @@ class Training:
         self.tracker.progress(start, config.num_updates)
         for number in range(start, config.num_updates + 1):
             rollout = self.timed("rollout", lambda n=number: self.rollout(n))
-            metrics = rollout_metrics(rollout, config) | self.gold_metrics(rollout)
+            metrics = rollout_metrics(rollout, config, self.kl.coef) | self.gold_metrics(rollout)
             over_budget = metrics["objective/kl"] > config.kl_budget
             if over_budget or number == config.num_updates:
                 self.tracker.log(metrics, number)
@@ -125,6 +135,9 @@ class Training:
             self.snapshot = Snapshot(number, [p.detach().clone() for p in self.actors.policy_parameters()])
             self.set_learning_rates(number)
             metrics |= self.timed("update", lambda n=number, r=rollout: self.update(n, r))
+            all_skipped = metrics["policy/skipped_steps"] == metrics["policy/num_steps"]
+            self.guard.note(all_skipped, f"ppo, update {number}")
+            self.kl.update(metrics["objective/kl"], config.rollout_batch_size)
             self.report(number, rollout, metrics)
             if (number + 1) % config.checkpoint_every == 0 and number + 1 < config.num_updates:
                 self.save(number + 1)
@@ -143,11 +156,12 @@ class Training:
         rows = step_rows(len(self.prompts), self.config.prompts_per_update, number, self.seed)
         if len(rows) < self.config.prompts_per_update:  # the tail of an epoch: filled up from its start
             rows += step_rows(len(self.prompts), self.config.prompts_per_update - len(rows), 0, self.seed + 1)
-        return collect(self.actors, [self.prompts[i] for i in rows], self.config, self.stream_seed(number))
+        prompts = [self.prompts[i] for i in rows]
+        return collect(self.actors, prompts, self.config, self.stream_seed(number), self.kl.coef)
 
     def update(self, number: int, rollout: Rollout) -> dict[str, float]:
-        seed = self.stream_seed(number)
-        return update(self.actors, self.policy_optimizer, self.critic_optimizer, rollout, self.config, seed)
+        optimizers = self.policy_optimizer, self.critic_optimizer
+        return update(self.actors, *optimizers, rollout, self.config, self.stream_seed(number), self.kl.coef)
 
     def stream_seed(self, number: int) -> int:
         """Of the random numbers of one update: a function of the seeds and the update, so a resume needs no
@@ -161,7 +175,7 @@ class Training:
             (self.critic_optimizer, self.config.critic_learning_rate),
         )
         for optimizer, rate in pairs:
-            for group in optimizer.param_groups:
+            for group in optimizer.param_groups if optimizer is not None else ():
                 group["lr"] = rate * factor
 
     def gold_metrics(self, rollout: Rollout) -> dict[str, float]:
@@ -176,6 +190,8 @@ class Training:
         )
         note = f"score {metrics['objective/scores']:.2f} kl {metrics['objective/kl']:.1f}"
         self.tracker.progress(number + 1, self.config.num_updates, note)
+        for name, text in alarms(self.tracker.history, self.config.kl_budget).items():
+            self.tracker.warn(name, text)
         samples = [
             {
                 "update": number,
@@ -207,10 +223,15 @@ class Training:
             parameter_tensors(self.actors.policy_parameters(), "policy")
             | parameter_tensors(self.actors.critic_parameters(), "critic")
             | optimizer_tensors(self.policy_optimizer, "policy_optimizer")
-            | optimizer_tensors(self.critic_optimizer, "critic_optimizer")
+            | (optimizer_tensors(self.critic_optimizer, "critic_optimizer") if self.critic_optimizer else {})
             | {f"snapshot.{i}": p for i, p in enumerate(self.snapshot.parameters)}
         )
-        state = {"next": number, "history": self.tracker.history, "snapshot_update": self.snapshot.update}
+        state = {
+            "next": number,
+            "history": self.tracker.history,
+            "snapshot_update": self.snapshot.update,
+            "kl_coef": self.kl.coef,
+        }
         self.checkpoints.save(number, tensors, state)
 
     def resume(self) -> int:
@@ -222,7 +243,9 @@ class Training:
         load_parameter_tensors(self.actors.policy_parameters(), "policy", tensors)
         load_parameter_tensors(self.actors.critic_parameters(), "critic", tensors)
         load_optimizer_tensors(self.policy_optimizer, "policy_optimizer", tensors)
-        load_optimizer_tensors(self.critic_optimizer, "critic_optimizer", tensors)
+        if self.critic_optimizer is not None:
+            load_optimizer_tensors(self.critic_optimizer, "critic_optimizer", tensors)
+        self.kl.coef = checkpoint.state["kl_coef"]
         device = self.actors.roles.device
         count = len(self.actors.policy_parameters())
         kept = [tensors[f"snapshot.{i}"].to(device) for i in range(count)]

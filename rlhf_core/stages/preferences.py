@@ -52,21 +52,12 @@ def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
     asked = [row["prompt"] for row, group in zip(everything, answers, strict=True) for _ in group]
     scores = iter(labeler.score(asked, [answer.text for answer in flat]))
     scored = [[(answer.text, next(scores)) for answer in group] for group in answers]
-    # Cut off in the middle, an answer is no example of a good one, and no fair example of a bad one.
-    usable = [
-        [
-            pair
-            for pair, answer in zip(pairs, group, strict=True)
-            if answer.finished or not config.finished_only
-        ]
-        for pairs, group in zip(scored, answers, strict=True)
-    ]
 
     source = f"ai:{config.labeler}"
     metrics: dict[str, float] = {}
     outputs: dict[str, list[Row]] = {}
     cut = len(prompts["train"])
-    for split, groups in (("train", usable[:cut]), ("eval", usable[cut:])):
+    for split, groups in (("train", scored[:cut]), ("eval", scored[cut:])):
         rows, counts = label(prompts[split], groups, config, source)
         flip_labels(rows, config.label_noise, random.Random(f"{params.run.seed} {split}"))
         human = human_rows(read_rows(layout.prepared_file("preferences", split)), config.max_human_pairs)

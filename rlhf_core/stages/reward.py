@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ class Pair:
     prompt: list[int]
     chosen: list[int]  # ends with EOS
     rejected: list[int]  # ends with EOS
+    margin: float  # of the labels, 0 when there is none
     group: str  # pairs of one prompt are not independent
     source: str  # "human:..." or "ai:..."
 
@@ -45,15 +46,23 @@ class Pair:
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
 
+SUBSETS: dict[str, Callable[[Pair], bool]] = {
+    "ai": lambda pair: pair.source.startswith("ai:"),
+    "human": lambda pair: pair.source.startswith("human:"),
+    "longer_chosen": lambda pair: len(pair.chosen) > len(pair.rejected),
+    "shorter_chosen": lambda pair: len(pair.chosen) < len(pair.rejected),
+}
+
+
 class PairwiseTask:
     """-log sigmoid(score of chosen - score of rejected), summed over pairs."""
 
     def __init__(
-        self, roles: Roles, head: ScalarHead, eval_rows: Sequence[Pair], micro_batch_size: int
+        self, roles: Roles, head: ScalarHead, eval_rows: Sequence[Pair], config: RewardConfig
     ) -> None:
         self.roles, self.head = roles, head
         self.eval_rows = eval_rows
-        self.micro_batch_size = micro_batch_size
+        self.config = config
 
     def length(self, row: Pair) -> int:
         return len(row)
@@ -62,7 +71,13 @@ class PairwiseTask:
         return float(len(rows))
 
     def loss(self, rows: Sequence[Pair]) -> tuple[Tensor, dict[str, Tensor]]:
-        return pairwise_loss(*self.scores(rows))
+        margins = torch.tensor([row.margin for row in rows], device=self.roles.device)
+        return pairwise_loss(
+            *self.scores(rows),
+            margins=self.config.margin_scale * margins,
+            label_smoothing=self.config.label_smoothing,
+            centering_coef=self.config.centering_coef,
+        )
 
     def scores(self, rows: Sequence[Pair]) -> tuple[Tensor, Tensor]:
         """Raw scores of the chosen and the rejected responses, (B,) each."""
@@ -81,7 +96,7 @@ class PairwiseTask:
         """Raw scores in the order of `rows`."""
         index = {id(row): i for i, row in enumerate(rows)}
         chosen, rejected = torch.zeros(len(rows)), torch.zeros(len(rows))
-        for part in in_micro_batches(rows, self.micro_batch_size, len):
+        for part in in_micro_batches(rows, self.config.micro_batch_size, len):
             where = [index[id(row)] for row in part]
             a, b = self.scores(part)
             chosen[where], rejected[where] = a.cpu(), b.cpu()
@@ -109,7 +124,7 @@ def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
     with roles.using(ROLE) as model:
         head = ScalarHead(model.config.hidden_size, seed=params.run.seed).to(roles.device)
     watched = eval_rows[:: math.ceil(len(eval_rows) / config.num_watched_pairs)]  # of every source
-    task = PairwiseTask(roles, head, watched, config.micro_batch_size)
+    task = PairwiseTask(roles, head, watched, config)
     origin = {
         "params": params.model_dump(mode="json", include={"run", "model", "reward"}),
         "inputs": inputs_digest([layout.model("sft"), *files.values()]),
@@ -151,6 +166,7 @@ def encode_pairs(tokenizer: PreTrainedTokenizerBase, path: Path, max_length: int
             prompt=encode_prompt(tokenizer, row["messages"]),
             chosen=encode_response(tokenizer, row["chosen"]),
             rejected=encode_response(tokenizer, row["rejected"]),
+            margin=margin_of(row),
             group=row["prompt"],
             source=row["source"],
         )
@@ -162,6 +178,12 @@ def encode_pairs(tokenizer: PreTrainedTokenizerBase, path: Path, max_length: int
             f"{path}: none of {len(rows)} pairs fits into reward.max_length = {max_length} tokens"
         )
     return fitting, len(pairs) - len(fitting)
+
+
+def margin_of(row: Mapping[str, Any]) -> float:
+    """The labels' margin of a row, 0 when it has none."""
+    margin = row["margin"]
+    return 0.0 if margin is None or math.isnan(margin) else float(margin)
 
 
 def fit_normalisation(task: PairwiseTask, rows: Sequence[Pair]) -> Normalisation:
@@ -179,11 +201,17 @@ def evaluate_reward_model(
     task: PairwiseTask, rows: Sequence[Pair], params: Params, tracker: Tracker
 ) -> dict[str, float]:
     """Accuracy on held-out pairs with its interval, beside what the answers' length alone can tell."""
-    from rlhf_core.evaluation.statistics import accuracy_with_interval, length_baseline_accuracy
+    from rlhf_core.evaluation.statistics import (
+        accuracy_with_interval,
+        brier_score,
+        expected_calibration_error,
+        length_baseline_accuracy,
+    )
 
     chosen, rejected = task.all_scores(rows)
     loss, _ = pairwise_loss(chosen, rejected)
     correct = (chosen > rejected).tolist()
+    probabilities = torch.sigmoid(chosen.double() - rejected.double()).tolist()
     confidence, seed = params.reward.confidence, params.run.seed
     interval = accuracy_with_interval(correct, [row.group for row in rows], confidence=confidence, seed=seed)
     metrics = {
@@ -196,12 +224,14 @@ def evaluate_reward_model(
         ),
         "reward/loss": float(loss) / len(rows),
         "reward/margin": float((chosen - rejected).mean()),
+        "reward/brier": brier_score(probabilities),
+        "reward/ece": expected_calibration_error(probabilities),
     }
-    for kind in ("ai", "human"):
-        own = [c for c, row in zip(correct, rows, strict=True) if row.source.startswith(f"{kind}:")]
+    for name, belongs in SUBSETS.items():
+        own = [c for c, row in zip(correct, rows, strict=True) if belongs(row)]
         if own:
-            metrics[f"reward/accuracy_{kind}"] = sum(own) / len(own)
-            metrics[f"reward/num_eval_pairs_{kind}"] = len(own)
+            metrics[f"reward/accuracy_{name}"] = sum(own) / len(own)
+            metrics[f"reward/num_eval_pairs_{name}"] = len(own)
     return metrics
 
 

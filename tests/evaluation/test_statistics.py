@@ -1,4 +1,5 @@
 import math
+import random
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from rlhf_core.evaluation.statistics import (
     Interval,
     accuracy_with_interval,
     bootstrap_mean,
+    brier_score,
+    expected_calibration_error,
     length_baseline_accuracy,
     paired_difference,
     wilson,
@@ -154,3 +157,23 @@ def test_interval_names_its_metrics():
         "eval/x_low": 0.25,
         "eval/x_high": 0.75,
     }
+
+
+def test_brier_score_by_hand():
+    assert brier_score([1.0, 0.5, 0.0]) == pytest.approx((0 + 0.25 + 1) / 3)
+
+
+def test_calibration_error_by_hand():
+    # confidence .95 twice, right once: |.5 - .95|; confidence .55 (p = .45), wrong: |0 - .55|
+    assert expected_calibration_error([0.95, 0.05, 0.45]) == pytest.approx((2 * 0.45 + 0.55) / 3)
+
+
+def test_honest_probabilities_are_calibrated_and_bold_ones_are_not():
+    rng = random.Random(0)
+    honest = []
+    for _ in range(20_000):
+        p = rng.uniform(0.5, 1.0)
+        honest.append(p if rng.random() < p else 1 - p)
+    assert expected_calibration_error(honest) < 0.02
+    bold = [min(0.999, p + 0.2) if p > 0.5 else max(0.001, p - 0.2) for p in honest]
+    assert expected_calibration_error(bold) > 0.1

@@ -5,6 +5,12 @@ import torch
 
 from rlhf_core.rl.losses import pairwise_loss, policy_loss, value_loss
 
+CLIP = {"cliprange_low": 0.2, "cliprange_high": 0.2}
+
+
+def policy(*tensors, cliprange):
+    return policy_loss(*tensors, cliprange_low=cliprange, cliprange_high=cliprange)
+
 
 def example(rows=3, width=4, seed=0):
     generator = torch.Generator().manual_seed(seed)
@@ -21,7 +27,7 @@ def test_policy_loss_by_hand():
         torch.zeros(1, 2),
         torch.tensor([[2.0, -1.0]]),
         torch.ones(1, 2, dtype=torch.bool),
-        cliprange=0.2,
+        **CLIP,
     )
     assert loss.item() == pytest.approx(-(2.4 - 0.8))
     assert stats["policy/clipfrac"].item() == 2.0
@@ -31,7 +37,7 @@ def test_policy_loss_by_hand():
 
 def test_policy_loss_equals_its_definition_token_by_token():
     logprobs, old, advantages, mask = example()
-    loss, _ = policy_loss(logprobs, old, advantages, mask, cliprange=0.2)
+    loss, _ = policy_loss(logprobs, old, advantages, mask, **CLIP)
     expected = 0.0
     for i, t in mask.nonzero().tolist():
         ratio = math.exp(logprobs[i, t] - old[i, t])
@@ -42,7 +48,7 @@ def test_policy_loss_equals_its_definition_token_by_token():
 
 def test_policy_loss_before_the_first_update_has_ratio_one():
     logprobs, _, advantages, mask = example()
-    loss, stats = policy_loss(logprobs, logprobs.clone(), advantages, mask, cliprange=0.2)
+    loss, stats = policy_loss(logprobs, logprobs.clone(), advantages, mask, **CLIP)
     assert stats["policy/approx_kl"] == 0
     assert stats["policy/clipfrac"] == 0
     assert stats["policy/ratio"] == mask.sum()
@@ -53,7 +59,7 @@ def test_policy_gradient_raises_good_tokens_and_not_padding():
     logprobs, _, _, mask = example()
     logprobs = logprobs.requires_grad_()
     advantages = torch.ones_like(logprobs)
-    loss, _ = policy_loss(logprobs, logprobs.detach().clone(), advantages, mask, cliprange=0.2)
+    loss, _ = policy_loss(logprobs, logprobs.detach().clone(), advantages, mask, **CLIP)
     loss.backward()
     assert (logprobs.grad[mask] < 0).all()  # a step against the gradient raises the log-probability
     assert not logprobs.grad[~mask].any()
@@ -62,11 +68,33 @@ def test_policy_gradient_raises_good_tokens_and_not_padding():
 def test_policy_loss_stops_pushing_outside_the_clip_range():
     logprobs = torch.tensor([[math.log(1.5)]], requires_grad=True)
     mask = torch.ones(1, 1, dtype=torch.bool)
-    policy_loss(logprobs, torch.zeros(1, 1), torch.ones(1, 1), mask, cliprange=0.2)[0].backward()
+    policy_loss(logprobs, torch.zeros(1, 1), torch.ones(1, 1), mask, **CLIP)[0].backward()
     assert logprobs.grad.item() == 0.0
 
 
-@pytest.mark.parametrize("loss", [policy_loss, value_loss])
+def test_upper_clip_range_is_separate():
+    logprobs = torch.tensor([[math.log(1.25), math.log(1.25), math.log(0.75)]], requires_grad=True)
+    advantages = torch.tensor([[1.0, -1.0, -1.0]])
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    wide = {"cliprange_low": 0.2, "cliprange_high": 0.3}
+    loss, _ = policy_loss(logprobs, torch.zeros(1, 3), advantages, mask, **wide)
+    assert loss.item() == pytest.approx(-(1.25 - 1.25 - 0.8))
+    loss.backward()
+    assert (logprobs.grad != 0).tolist() == [[True, True, False]]
+
+
+def test_dual_clip_by_hand_and_only_below_zero():
+    logprobs = torch.tensor([[math.log(10.0), math.log(10.0), math.log(2.0)]], requires_grad=True)
+    advantages = torch.tensor([[-1.0, 1.0, -1.0]])
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    loss, _ = policy_loss(logprobs, torch.zeros(1, 3), advantages, mask, **CLIP, dual_clip=3.0)
+    # max(-10, -3) = -3;  min(10, 1.2) = 1.2;  -2 stays
+    assert loss.item() == pytest.approx(-(-3.0 + 1.2 - 2.0))
+    loss.backward()
+    assert (logprobs.grad != 0).tolist() == [[False, False, True]]
+
+
+@pytest.mark.parametrize("loss", [policy, value_loss])
 def test_losses_are_sums_so_the_cut_into_micro_batches_changes_nothing(loss):
     logprobs, old, advantages, mask = example()
     extra = (advantages,)
@@ -77,7 +105,7 @@ def test_losses_are_sums_so_the_cut_into_micro_batches_changes_nothing(loss):
         torch.testing.assert_close(value, sum(part[name] for _, part in parts))
 
 
-@pytest.mark.parametrize("loss", [policy_loss, value_loss])
+@pytest.mark.parametrize("loss", [policy, value_loss])
 def test_losses_ignore_what_stands_outside_the_mask(loss):
     logprobs, old, advantages, mask = example()
     plain, _ = loss(logprobs, old, advantages, mask, cliprange=0.2)
@@ -108,6 +136,30 @@ def test_pairwise_loss_by_hand_and_its_gradient():
     loss.backward()
     assert (chosen.grad < 0).all()
     assert (rejected.grad > 0).all()
+
+
+def test_pairwise_loss_with_margin_smoothing_and_centring_equals_its_definition():
+    generator = torch.Generator().manual_seed(4)
+    chosen, rejected, margins = torch.randn(3, 6, generator=generator, dtype=torch.float64)
+    loss, _ = pairwise_loss(chosen, rejected, margins=margins.abs(), label_smoothing=0.1, centering_coef=0.01)
+    expected = 0.0
+    for w, r, m in zip(chosen.tolist(), rejected.tolist(), margins.abs().tolist()):
+        right = 1 / (1 + math.exp(-(w - r - m)))
+        expected += -0.9 * math.log(right) - 0.1 * math.log(1 - right) + 0.01 * (w + r) ** 2
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_smoothing_is_least_where_the_odds_are_those_of_the_labels():
+    """With a tenth of the labels wrong the best gap is log 9, not infinity."""
+    gap = torch.tensor([math.log(9.0)], dtype=torch.float64, requires_grad=True)
+    pairwise_loss(gap, torch.zeros(1, dtype=torch.float64), label_smoothing=0.1)[0].backward()
+    assert gap.grad.item() == pytest.approx(0.0, abs=1e-12)
+
+
+def test_a_margin_keeps_the_gradient_on_pairs_that_are_already_right():
+    chosen = torch.tensor([2.0, 2.0], requires_grad=True)
+    pairwise_loss(chosen, torch.zeros(2), margins=torch.tensor([0.0, 3.0]))[0].backward()
+    assert chosen.grad[1] < chosen.grad[0] < 0
 
 
 def test_pairwise_loss_does_not_change_when_all_scores_shift():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ def test_before_the_first_update_the_policy_is_the_reference(actors, config):
 
 def test_first_step_has_ratio_one_and_clips_nothing(actors, config):
     rollout = collect(actors, CHATS, config, seed=1)
-    metrics = ppo_step(actors, *optimizers(actors), rollout, config)
+    metrics = ppo_step(actors, *optimizers(actors), rollout, config, config.kl_coef)
     assert metrics["policy/approx_kl"] == pytest.approx(0.0, abs=1e-7)
     assert metrics["policy/ratio"] == pytest.approx(1.0, abs=1e-5)
     assert metrics["policy/clipfrac"] == 0.0
@@ -83,7 +84,7 @@ def test_cut_into_micro_batches_changes_no_gradient(actors, config, micro_batch_
     for size in (8, micro_batch_size):
         fresh = copy.deepcopy(actors)
         steps = [torch.optim.SGD(p, lr=1.0) for p in (fresh.policy_parameters(), fresh.critic_parameters())]
-        metrics = ppo_step(fresh, *steps, rollout, config.model_copy(update={"micro_batch_size": size}))
+        metrics = ppo_step(fresh, *steps, rollout, config.model_copy(update={"micro_batch_size": size}), 0.0)
         found.append(
             (metrics, [p.detach().clone() for p in fresh.policy_parameters() + fresh.critic_parameters()])
         )
@@ -124,6 +125,71 @@ def test_ppo_learns_a_reward_and_leaves_the_reference_alone(actors, config):
     torch.testing.assert_close(
         actors.roles.hidden(REFERENCE, torch.tensor([[5, 6, 7]])), before, rtol=0, atol=0
     )
+
+
+@pytest.mark.parametrize("method", ["rloo", "grpo", "reinforce++"])
+def test_methods_without_a_critic_learn_the_same_reward(actors, config, method):
+    alone = replace(actors, value_head=None)
+    assert alone.critic_parameters() == []
+    config = config.model_copy(update={"advantages": method})
+    policy_optimizer = torch.optim.AdamW(alone.policy_parameters(), lr=1e-2, weight_decay=0.0)
+    scores = []
+    for number in range(14):
+        rollout = collect(alone, CHATS, config, seed=100 + number)
+        assert not rollout.values.any()
+        scores.append(rollout.scores.mean().item())
+        metrics = update(alone, policy_optimizer, None, rollout, config, seed=number)
+        assert not any(name.startswith("value/") for name in metrics | rollout_metrics(rollout, config))
+    assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.1
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_kl_as_a_loss_keeps_the_policy_nearer_to_the_reference(actors, config, estimator):
+    final = {}
+    for kl_coef in (0.0, 1.0):
+        mine = copy.deepcopy(actors)
+        priced = config.model_copy(update={"kl_coef": kl_coef, "kl_in": "loss", "kl_estimator": estimator})
+        steps = optimizers(mine)
+        for number in range(8):
+            rollout = collect(mine, CHATS, priced, seed=200 + number)
+            metrics = update(mine, *steps, rollout, priced, seed=number)
+        assert metrics["policy/kl_loss"] > 0
+        final[kl_coef] = collect(mine, CHATS, priced, seed=300).kl.mean().item()
+    assert final[1.0] < 0.5 * final[0.0]
+
+
+def test_kl_in_the_loss_is_not_in_the_reward_too(actors, config):
+    in_loss = config.model_copy(update={"kl_coef": 1.0, "kl_in": "loss", "kl_estimator": "k2"})
+    update(actors, *optimizers(actors), collect(actors, CHATS, config, seed=1), config, seed=0)
+    rollout = collect(actors, CHATS, in_loss, seed=2)
+    assert rollout.kl.abs().sum() > 0
+    free = collect(actors, CHATS, config.model_copy(update={"kl_coef": 0.0}), seed=2)
+    torch.testing.assert_close(rollout.returns, free.returns)
+
+
+def test_entropy_bonus_keeps_the_policy_more_random(actors, config):
+    entropies = {}
+    for entropy_coef in (0.0, 0.5):
+        mine = copy.deepcopy(actors)
+        keen = config.model_copy(update={"entropy_coef": entropy_coef})
+        steps = optimizers(mine)
+        for number in range(8):
+            update(mine, *steps, collect(mine, CHATS, keen, seed=400 + number), keen, seed=number)
+        entropies[entropy_coef] = rollout_metrics(collect(mine, CHATS, keen, seed=500), keen)[
+            "objective/entropy"
+        ]
+    assert entropies[0.5] > entropies[0.0] + 0.1
+
+
+def test_passes_end_where_the_policy_has_moved_too_far(actors, config):
+    rollout = collect(actors, CHATS, config, seed=1)
+    free = copy.deepcopy(actors)
+    # 16 episodes by 8, twice
+    assert update(free, *optimizers(free), rollout, config, seed=0)["policy/num_steps"] == 4
+    careful = config.model_copy(update={"approx_kl_stop": 1e-6})
+    mine = copy.deepcopy(actors)
+    # The first step starts at ratio 1, so the second is the first that can be over.
+    assert update(mine, *optimizers(mine), rollout, careful, seed=0)["policy/num_steps"] == 2
 
 
 def test_kl_price_keeps_the_policy_nearer_to_the_reference(actors, config):

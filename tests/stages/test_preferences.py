@@ -1,13 +1,11 @@
 import math
 import random
 import shutil
-from dataclasses import replace
 
 import pytest
 
 from rlhf_core.data.rows import read_rows, write_rows
 from rlhf_core.errors import InputError
-from rlhf_core.generation import generate
 from rlhf_core.layout import Layout
 from rlhf_core.stages import preferences
 from rlhf_core.stages.preferences import Pair, all_pairs, flip_labels, human_rows, label
@@ -43,7 +41,6 @@ def small(params):
         "labeler": "function",
         "labeler_target": "length_rewards:by_length",
         "max_human_pairs": 2,
-        "finished_only": False,
         "label_noise": 0.2,
         "sampling": sampling,
     }
@@ -178,22 +175,3 @@ def test_a_labeler_that_cannot_work_costs_no_generation(small, layout):
     shutil.rmtree(layout.model("sft"))
     with pytest.raises(InputError, match="cannot import absent_module"):
         run(small.model_copy(update={"preferences": absent}), layout)
-
-
-def test_answers_that_were_cut_off_are_left_out(small, layout, monkeypatch):
-    finished = set()
-
-    def half_finished(*arguments, **options):
-        groups = generate(*arguments, **options)
-        marked = [[replace(a, finished=i % 2 == 0) for i, a in enumerate(group)] for group in groups]
-        finished.update(a.text for group in marked for a in group if a.finished)
-        return marked
-
-    monkeypatch.setattr(preferences, "generate", half_finished)
-    only = small.model_copy(
-        update={"preferences": small.preferences.model_copy(update={"finished_only": True})}
-    )
-    run(only, layout)
-    rows = [r for r in read_rows(layout.preferences / "train.parquet") if r["source"] == "ai:function"]
-    assert rows
-    assert {text for row in rows for text in (row["chosen"], row["rejected"])} <= finished

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 import shutil
 
 import pytest
@@ -15,6 +17,10 @@ from rlhf_core.data.rows import write_rows
 from rlhf_core.layout import Layout
 from rlhf_core.modeling.loading import load_policy
 from rlhf_core.modeling.reward import load_reward_model
+from rlhf_core.optim import DivergedError
+from rlhf_core.rl import ppo
+from rlhf_core.rl.losses import policy_loss
+from rlhf_core.stages.ppo import Training, open_actors
 from rlhf_core.stages.runner import run_stage
 
 GOOD, BAD = "that is great! i love the sea and the sun.", "no, i do not like rain, it is sad and bad."
@@ -121,8 +127,6 @@ def test_saved_reward_model_opens_with_transformers_alone(workspace, small_param
 
 
 def test_ppo_runs_and_starts_its_critic_from_the_reward_model(workspace, small_params):
-    from rlhf_core.stages.ppo import open_actors
-
     run_stage("reward", small_params, workspace)
     actors = open_actors(small_params, workspace)
     for critic, reward in zip(actors.roles.parameters("critic"), actors.roles.parameters("reward")):
@@ -197,8 +201,6 @@ def test_broken_off_training_ends_with_the_same_weights(
 def test_broken_off_ppo_ends_with_the_same_weights(
     workspace, tmp_path, tiny_model_dir, small_params, monkeypatch, kill_at
 ):
-    from rlhf_core.stages.ppo import Training
-
     broken = make_workspace(tmp_path / "broken", tiny_model_dir)
     for layout in (workspace, broken):
         run_stage("reward", small_params, layout)
@@ -216,3 +218,63 @@ def test_broken_off_ppo_ends_with_the_same_weights(
     monkeypatch.setattr(Training, "update", real)
     run_stage("ppo", small_params, broken)
     assert_same_outputs(workspace, broken, "ppo", "policy")
+
+
+@pytest.mark.parametrize("advantages", ["rloo", "reinforce++"])
+def test_ppo_without_a_critic_goes_on_after_a_kill_with_its_kl_price(
+    workspace, tmp_path, tiny_model_dir, small_params, monkeypatch, advantages
+):
+    changes = {"advantages": advantages, "kl_target": 0.5, "kl_horizon": 10.0}
+    params = small_params.model_copy(update={"ppo": small_params.ppo.model_copy(update=changes)})
+    broken = make_workspace(tmp_path / "broken", tiny_model_dir)
+    for layout in (workspace, broken):
+        run_stage("reward", params, layout)
+    run_stage("ppo", params, workspace)
+    real = Training.update
+
+    def dying(self, number, rollout):
+        if number == 2:
+            raise Killed
+        return real(self, number, rollout)
+
+    monkeypatch.setattr(Training, "update", dying)
+    with pytest.raises(Killed):
+        run_stage("ppo", params, broken)
+    monkeypatch.setattr(Training, "update", real)
+    run_stage("ppo", params, broken)
+    assert_same_outputs(workspace, broken, "ppo", "policy")
+    rows = list(csv.DictReader(workspace.history("ppo").read_text().splitlines()))
+    assert len({row["objective/kl_coef"] for row in rows}) == len(rows)  # it adapts with every rollout
+    assert not any(name.startswith("value/") for name in rows[0])
+
+
+def test_reward_function_of_a_user_is_added(workspace, small_params):
+    run_stage("reward", small_params, workspace)
+    (workspace.root / "mine.py").write_text(
+        "def short(prompts, responses):\n    return [-10.0 for r in responses]\n"
+    )
+    changed = small_params.ppo.model_copy(update={"reward_function": "mine:short"})
+    metrics = run_stage("ppo", small_params.model_copy(update={"ppo": changed}), workspace)
+    assert metrics["ppo/score_before"] < -5.0
+    assert "reward_part/function" in workspace.history("ppo").read_text().splitlines()[0]
+
+
+def test_training_that_diverges_ends_and_says_what_to_try(workspace, small_params, monkeypatch):
+    def broken_loss(*arguments, **options):
+        loss, stats = policy_loss(*arguments, **options)
+        return loss * float("nan"), stats
+
+    run_stage("reward", small_params, workspace)
+    monkeypatch.setattr(ppo, "policy_loss", broken_loss)
+    many = small_params.model_copy(update={"ppo": small_params.ppo.model_copy(update={"num_updates": 9})})
+    with pytest.raises(DivergedError, match="ppo, update 4: 5 steps in a row"):
+        run_stage("ppo", many, workspace)
+    assert not workspace.model("policy").exists()
+
+
+def test_glossary_explains_every_metric_of_every_training(root, workspace, small_params):
+    explained = set(re.findall(r"`([a-z]+/[a-z0-9_]+)`", (root / "docs" / "metrics.md").read_text()))
+    for stage in ("sft", "reward", "ppo"):
+        run_stage(stage, small_params, workspace)
+        logged = set(workspace.history(stage).read_text().splitlines()[0].split(",")) - {"step"}
+        assert {name for name in logged if not name.startswith("reward_part/")} <= explained, stage
