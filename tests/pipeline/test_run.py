@@ -28,6 +28,8 @@ def test_run_ends_with_models_reports_and_one_table(finished):
         "rlhf-policy@candidate",
     ):
         assert text in done.stdout, text
+    pretrain = json.loads((checkout / "reports" / "pretrain" / "metrics.json").read_text())
+    assert pretrain["pretrain/eval_loss"] < pretrain["pretrain/eval_loss_before"]
     assert (checkout / "reports" / "evaluation" / "report.html").is_file()
     assert (checkout / "reports" / "validation" / "index.html").is_file()
 
