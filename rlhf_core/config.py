@@ -156,15 +156,24 @@ def _check_multiple(section: str, large: tuple[str, int], small: tuple[str, int]
         )
 
 
-class SFTConfig(TrainingSection):
-    num_rows: PositiveInt
+class WatchedTraining(TrainingSection):
+    """A training that is evaluated on held-out rows while it runs."""
+
     num_epochs: PositiveInt
     batch_size: PositiveInt
     micro_batch_size: PositiveInt
     max_length: int = Field(ge=8)
     warmup_fraction: float = Field(ge=0.0, lt=1.0)
-    num_eval_rows: PositiveInt
+    decay: Literal["cosine", "linear", "constant"]
     eval_every: PositiveInt
+    keep: Literal["last", "best"]
+    patience: NonNegativeInt
+
+
+class SFTConfig(WatchedTraining):
+    num_rows: PositiveInt
+    num_eval_rows: PositiveInt
+    loss_on: Literal["response", "all"]
 
     @model_validator(mode="after")
     def check_batch_sizes(self) -> Self:
@@ -206,14 +215,8 @@ def _check_target(key: str, kind: str, target: str) -> None:
         raise ValueError(f"{key}_target ({target!r}) must have the form module:function")
 
 
-class RewardConfig(TrainingSection):
-    num_epochs: PositiveInt
-    batch_size: PositiveInt
-    micro_batch_size: PositiveInt
-    max_length: int = Field(ge=8)
-    warmup_fraction: float = Field(ge=0.0, lt=1.0)
+class RewardConfig(WatchedTraining):
     confidence: float = Field(gt=0.5, lt=1.0)
-    eval_every: PositiveInt
     num_watched_pairs: PositiveInt
     margin_scale: NonNegativeFloat
     label_smoothing: float = Field(ge=0.0, lt=0.5)
@@ -236,6 +239,8 @@ class PPOConfig(TrainingSection):
     micro_batch_size: PositiveInt
     critic_learning_rate: PositiveFloat
     warmup_updates: NonNegativeInt
+    critic_warmup_updates: NonNegativeInt
+    ema_decay: float = Field(ge=0.0, lt=1.0)
     kl_coef: NonNegativeFloat
     kl_in: Literal["reward", "loss"]
     kl_estimator: Literal["k1", "k2", "k3"]
@@ -282,6 +287,16 @@ class PPOConfig(TrainingSection):
             raise ValueError(
                 "ppo.kl_estimator (k1) must be k2 or k3 where ppo.kl_in is loss: as a loss, k1 has an "
                 "expected gradient of 0"
+            )
+        if self.critic_warmup_updates >= self.num_updates:
+            raise ValueError(
+                f"ppo.critic_warmup_updates ({self.critic_warmup_updates}) must be fewer than "
+                f"ppo.num_updates ({self.num_updates})"
+            )
+        if self.critic_warmup_updates and not self.has_critic:
+            raise ValueError(
+                f"ppo.critic_warmup_updates ({self.critic_warmup_updates}) must be 0 where ppo.advantages is "
+                f"{self.advantages}, which has no critic"
             )
         if self.advantages in ("rloo", "grpo") and self.samples_per_prompt < 2:
             raise ValueError(

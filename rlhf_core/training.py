@@ -46,7 +46,7 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Optimizer steps, batch sizes and the learning rate's path: linear warm-up, then a cosine to 0."""
+    """Optimizer steps, batch sizes, the learning rate's path, and when to evaluate and stop."""
 
     num_steps: int
     batch_size: int
@@ -55,6 +55,9 @@ class Schedule:
     warmup_fraction: float
     max_grad_norm: float
     eval_every: int
+    decay: str = "cosine"  # after the linear warm-up: cosine or linear to 0, or constant
+    keep: str = "last"  # or best, by eval/loss
+    patience: int = 0  # evaluations without a lower eval/loss that end training; 0 never does
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of step `step`, counted from 0."""
@@ -62,6 +65,10 @@ class Schedule:
         if step < warmup:
             return self.learning_rate * (step + 1) / warmup
         progress = (step - warmup) / max(1, self.num_steps - warmup)
+        if self.decay == "constant":
+            return self.learning_rate
+        if self.decay == "linear":
+            return self.learning_rate * (1.0 - progress)
         return self.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
@@ -87,12 +94,13 @@ def train(
     *,
     seed: int,
 ) -> dict[str, float]:
-    """Train `parameters` on `rows` for `schedule.num_steps`; return the evaluation after the last one.
+    """Train `parameters` on `rows`; return the evaluation of the weights it ends with.
 
     Goes on from the newest checkpoint of the same run.
     """
     optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=0.0)
-    first = _resume(optimizer, parameters, checkpoints, tracker)
+    best = Best(parameters) if schedule.keep == "best" else None
+    first = _resume(optimizer, parameters, best, checkpoints, tracker)
     tracker.progress(first, schedule.num_steps)
     last_saved = started = time.monotonic()
     tokens = 0
@@ -105,14 +113,44 @@ def train(
         if (step + 1) % schedule.eval_every == 0 or step + 1 == schedule.num_steps:
             evaluation = task.evaluate()
             metrics |= evaluation
+            if best is not None:
+                best.note(evaluation)
         tracker.log(metrics, step + 1)
         tokens += sum(map(task.length, batch))
         tracker.progress(step + 1, schedule.num_steps, f"loss {metrics['train/loss']:.3f}")
         if time.monotonic() - last_saved > CHECKPOINT_SECONDS and step + 1 < schedule.num_steps:
-            _save(step + 1, optimizer, parameters, checkpoints, tracker)
+            _save(step + 1, optimizer, parameters, best, checkpoints, tracker)
             last_saved = time.monotonic()
+        if evaluation and out_of_patience(tracker.history, schedule.patience):
+            break
     tracker.log_perf({"perf/tokens_per_second": tokens / max(1e-9, time.monotonic() - started)})
-    return evaluation
+    return evaluation if best is None else best.restore()
+
+
+class Best:
+    """The weights with the lowest eval/loss so far."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters = parameters
+        self.tensors: dict[str, Tensor] = {}
+        self.evaluation: dict[str, float] = {}
+
+    def note(self, evaluation: Mapping[str, float]) -> None:
+        if not self.evaluation or evaluation["eval/loss"] < self.evaluation["eval/loss"]:
+            self.evaluation = dict(evaluation)
+            named = parameter_tensors(self._parameters, "best")
+            self.tensors = {name: tensor.detach().clone() for name, tensor in named.items()}
+
+    def restore(self) -> dict[str, float]:
+        """Put the best weights back; their evaluation."""
+        load_parameter_tensors(self._parameters, "best", self.tensors)
+        return self.evaluation
+
+
+def out_of_patience(history: Sequence[Mapping[str, float]], patience: int) -> bool:
+    """Whether the last `patience` evaluations were all no better than the best before them."""
+    losses = [row["eval/loss"] for row in history if "eval/loss" in row]
+    return 0 < patience < len(losses) and min(losses[-patience:]) >= min(losses[:-patience])
 
 
 def train_step(
@@ -148,16 +186,22 @@ def _save(
     step: int,
     optimizer: torch.optim.Optimizer,
     parameters: Sequence[nn.Parameter],
+    best: Best | None,
     to: Checkpoints,
     tracker: Tracker,
 ) -> None:
     tensors = parameter_tensors(parameters, "parameter") | optimizer_tensors(optimizer, "optimizer")
-    to.save(step, tensors, {"step": step, "history": tracker.history})
+    state: dict[str, Any] = {"step": step, "history": tracker.history}
+    if best is not None:
+        tensors |= best.tensors
+        state["best"] = best.evaluation
+    to.save(step, tensors, state)
 
 
 def _resume(
     optimizer: torch.optim.Optimizer,
     parameters: Sequence[nn.Parameter],
+    best: Best | None,
     checkpoints: Checkpoints,
     tracker: Tracker,
 ) -> int:
@@ -166,6 +210,10 @@ def _resume(
         return 0
     load_parameter_tensors(parameters, "parameter", checkpoint.tensors)
     load_optimizer_tensors(optimizer, "optimizer", checkpoint.tensors)
+    if best is not None:
+        best.evaluation = checkpoint.state["best"]
+        kept = {name: tensor for name, tensor in checkpoint.tensors.items() if name.startswith("best.")}
+        best.tensors = {name: tensor.to(parameters[0].device) for name, tensor in kept.items()}
     restore_history(tracker, checkpoint.state["history"])
     return int(checkpoint.state["step"])
 

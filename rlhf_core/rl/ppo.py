@@ -214,19 +214,21 @@ def with_advantages(rollout: Rollout, config: PPOConfig, kl_coef: float) -> Roll
 
 def ppo_step(
     actors: Actors,
-    policy_optimizer: torch.optim.Optimizer,
+    policy_optimizer: torch.optim.Optimizer | None,
     critic_optimizer: torch.optim.Optimizer | None,
     minibatch: Rollout,
     config: PPOConfig,
     kl_coef: float,
 ) -> dict[str, float]:
-    """Take one optimizer step of actor and critic on `minibatch`; return per-token metrics."""
+    """Take one step of actor and critic, as far as they have an optimizer; return per-token metrics."""
     num_tokens = minibatch.response_mask.sum()
     sums: list[dict[str, Tensor]] = []
     for part in minibatch.micro_batches(config.micro_batch_size):
         batch = part.batch(actors.roles.tokenizer.pad_token_id)
         mask = part.response_mask
-        stats = _policy_backward(actors, part, batch, config, kl_coef, num_tokens)
+        stats: dict[str, Tensor] = {}
+        if policy_optimizer is not None:
+            stats |= _policy_backward(actors, part, batch, config, kl_coef, num_tokens)
         if critic_optimizer is not None:
             values = actors.values(batch)
             vf_loss, vf_stats = value_loss(
@@ -276,7 +278,7 @@ def _policy_backward(
 
 def update(
     actors: Actors,
-    policy_optimizer: torch.optim.Optimizer,
+    policy_optimizer: torch.optim.Optimizer | None,
     critic_optimizer: torch.optim.Optimizer | None,
     rollout: Rollout,
     config: PPOConfig,
@@ -295,7 +297,7 @@ def update(
         for start in range(0, len(order), config.minibatch_size):
             minibatch = rollout.select(order[start : start + config.minibatch_size])
             steps.append(ppo_step(actors, policy_optimizer, critic_optimizer, minibatch, config, price))
-            if 0.0 < config.approx_kl_stop < steps[-1]["policy/approx_kl"]:
+            if 0.0 < config.approx_kl_stop < steps[-1].get("policy/approx_kl", 0.0):
                 return _means(steps)
     return _means(steps)
 

@@ -117,6 +117,7 @@ class Training:
         self.critic_optimizer = make_optimizer(critic, config.critic_learning_rate) if critic else None
         self.kl = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
         self.guard = SkipGuard()
+        self.average = [p.detach().clone() for p in actors.policy_parameters()] if config.ema_decay else []
         self.snapshot: Snapshot | None = None
         self.seconds: dict[str, float] = {}
 
@@ -132,25 +133,31 @@ class Training:
             if over_budget or number == config.num_updates:
                 self.tracker.log(metrics, number)
                 break
-            self.snapshot = Snapshot(number, [p.detach().clone() for p in self.actors.policy_parameters()])
+            self.snapshot = Snapshot(number, self.to_keep())
             self.set_learning_rates(number)
             metrics |= self.timed("update", lambda n=number, r=rollout: self.update(n, r))
-            all_skipped = metrics["policy/skipped_steps"] == metrics["policy/num_steps"]
+            all_skipped = metrics.get("policy/skipped_steps") == metrics["policy/num_steps"]
             self.guard.note(all_skipped, f"ppo, update {number}")
             self.kl.update(metrics["objective/kl"], config.rollout_batch_size)
             self.report(number, rollout, metrics)
             if (number + 1) % config.checkpoint_every == 0 and number + 1 < config.num_updates:
                 self.save(number + 1)
         if over_budget and self.snapshot is not None:
-            load_parameter_tensors(
-                self.actors.policy_parameters(),
-                "p",
-                {f"p.{i}": p for i, p in enumerate(self.snapshot.parameters)},
-            )
+            self.set_policy(self.snapshot.parameters)
+        elif self.average:
+            self.set_policy(self.average)
         first = self.tracker.history[0]
         last = self.tracker.history[-2 if over_budget else -1]
         self.log_speed(number)
         return final_metrics(first, last, number, over_budget, config)
+
+    def to_keep(self) -> list[Tensor]:
+        """A copy of the policy that would be saved now."""
+        return [p.detach().clone() for p in self.average or self.actors.policy_parameters()]
+
+    def set_policy(self, parameters: Sequence[Tensor]) -> None:
+        named = {f"p.{i}": parameter for i, parameter in enumerate(parameters)}
+        load_parameter_tensors(self.actors.policy_parameters(), "p", named)
 
     def rollout(self, number: int) -> Rollout:
         rows = step_rows(len(self.prompts), self.config.prompts_per_update, number, self.seed)
@@ -160,8 +167,18 @@ class Training:
         return collect(self.actors, prompts, self.config, self.stream_seed(number), self.kl.coef)
 
     def update(self, number: int, rollout: Rollout) -> dict[str, float]:
-        optimizers = self.policy_optimizer, self.critic_optimizer
-        return update(self.actors, *optimizers, rollout, self.config, self.stream_seed(number), self.kl.coef)
+        warm = number >= self.config.critic_warmup_updates
+        optimizers = self.policy_optimizer if warm else None, self.critic_optimizer
+        seed = self.stream_seed(number)
+        metrics = update(self.actors, *optimizers, rollout, self.config, seed, self.kl.coef)
+        self.move_average()
+        return metrics
+
+    @torch.no_grad()
+    def move_average(self) -> None:
+        """The average starts at the SFT policy, and follows the trained one."""
+        for mean, parameter in zip(self.average, self.actors.policy_parameters(), strict=bool(self.average)):
+            mean.lerp_(parameter, 1.0 - self.config.ema_decay)
 
     def stream_seed(self, number: int) -> int:
         """Of the random numbers of one update: a function of the seeds and the update, so a resume needs no
@@ -225,6 +242,7 @@ class Training:
             | optimizer_tensors(self.policy_optimizer, "policy_optimizer")
             | (optimizer_tensors(self.critic_optimizer, "critic_optimizer") if self.critic_optimizer else {})
             | {f"snapshot.{i}": p for i, p in enumerate(self.snapshot.parameters)}
+            | {f"average.{i}": p for i, p in enumerate(self.average)}
         )
         state = {
             "next": number,
@@ -247,6 +265,7 @@ class Training:
             load_optimizer_tensors(self.critic_optimizer, "critic_optimizer", tensors)
         self.kl.coef = checkpoint.state["kl_coef"]
         device = self.actors.roles.device
+        self.average = [tensors[f"average.{i}"].to(device) for i in range(len(self.average))]
         count = len(self.actors.policy_parameters())
         kept = [tensors[f"snapshot.{i}"].to(device) for i in range(count)]
         self.snapshot = Snapshot(checkpoint.state["snapshot_update"], kept)

@@ -155,6 +155,9 @@ def make_schedule(config: RewardConfig, num_rows: int) -> Schedule:
         warmup_fraction=config.warmup_fraction,
         max_grad_norm=config.max_grad_norm,
         eval_every=config.eval_every,
+        decay=config.decay,
+        keep=config.keep,
+        patience=config.patience,
     )
 
 

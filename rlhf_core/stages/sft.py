@@ -87,7 +87,7 @@ def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
     eval_file = layout.prepared_file("demonstrations", "eval")
     roles = open_roles(params, layout.model("pretrained"), trained=ROLE, seed=params.run.seed)
     train_rows, too_long = encode_file(
-        roles.tokenizer, train_file, config.max_length, config.num_rows, params.run.seed
+        roles.tokenizer, train_file, config.max_length, config.num_rows, params.run.seed, config.loss_on
     )
     eval_rows, _ = encode_file(
         roles.tokenizer, eval_file, config.max_length, config.num_eval_rows, params.run.seed
@@ -105,6 +105,9 @@ def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
         warmup_fraction=config.warmup_fraction,
         max_grad_norm=config.max_grad_norm,
         eval_every=config.eval_every,
+        decay=config.decay,
+        keep=config.keep,
+        patience=config.patience,
     )
     origin = {
         "params": params.model_dump(mode="json", include={"run", "model", "sft"}),
@@ -130,9 +133,16 @@ def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
 
 
 def encode_file(
-    tokenizer: PreTrainedTokenizerBase, path: Path, max_length: int, num_rows: int, seed: int
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    max_length: int,
+    num_rows: int,
+    seed: int,
+    loss_on: str = "response",
 ) -> tuple[list[Example], int]:
     """At most `num_rows` examples, chosen by seed among those that fit; and how many were too long.
+
+    With `loss_on` all, everything after the first token counts as response.
 
     Raises InputError when no row fits.
     """
@@ -143,8 +153,11 @@ def encode_file(
     for i in order:
         if len(examples) == num_rows:
             break
-        example = Example(
-            encode_prompt(tokenizer, rows[i]["messages"]), encode_response(tokenizer, rows[i]["response"])
+        prompt = encode_prompt(tokenizer, rows[i]["messages"])
+        response = encode_response(tokenizer, rows[i]["response"])
+        # The first token has nothing before it that could predict it.
+        example = (
+            Example(prompt[:1], prompt[1:] + response) if loss_on == "all" else Example(prompt, response)
         )
         if len(example) > max_length:
             too_long += 1

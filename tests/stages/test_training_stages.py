@@ -15,13 +15,14 @@ from rlhf_core import training
 from rlhf_core.config import parse_params, read_yaml
 from rlhf_core.data.rows import write_rows
 from rlhf_core.layout import Layout
-from rlhf_core.modeling.loading import load_policy
+from rlhf_core.modeling.loading import load_policy, load_tokenizer
 from rlhf_core.modeling.reward import load_reward_model
 from rlhf_core.optim import DivergedError
 from rlhf_core.rl import ppo
 from rlhf_core.rl.losses import policy_loss
 from rlhf_core.stages.ppo import Training, open_actors
 from rlhf_core.stages.runner import run_stage
+from rlhf_core.stages.sft import encode_file
 
 GOOD, BAD = "that is great! i love the sea and the sun.", "no, i do not like rain, it is sad and bad."
 
@@ -278,3 +279,59 @@ def test_glossary_explains_every_metric_of_every_training(root, workspace, small
         run_stage(stage, small_params, workspace)
         logged = set(workspace.history(stage).read_text().splitlines()[0].split(",")) - {"step"}
         assert {name for name in logged if not name.startswith("reward_part/")} <= explained, stage
+
+
+def test_loss_on_everything_counts_all_but_the_first_token(workspace, tiny_model_dir):
+    tokenizer = load_tokenizer(tiny_model_dir)
+    file = workspace.prepared_file("demonstrations", "train")
+    plain, _ = encode_file(tokenizer, file, 96, 8, seed=0)
+    whole, _ = encode_file(tokenizer, file, 96, 8, seed=0, loss_on="all")
+    for one, other in zip(plain, whole, strict=True):
+        assert one.prompt + one.response == other.prompt + other.response
+        assert len(other.prompt) == 1
+
+
+def test_in_its_warm_up_only_the_critic_learns(workspace, small_params):
+    run_stage("reward", small_params, workspace)
+    changes = {"critic_warmup_updates": 2, "num_updates": 3, "kl_budget": 1000.0}
+    warm = small_params.model_copy(update={"ppo": small_params.ppo.model_copy(update=changes)})
+    run_stage("ppo", warm, workspace)
+    rows = list(csv.DictReader(workspace.history("ppo").read_text().splitlines()))
+    assert [float(row["objective/kl"]) == 0.0 for row in rows] == [True, True, True, False]
+    assert [row["policy/loss"] == "" for row in rows] == [True, True, False, True]
+    assert float(rows[0]["value/grad_norm"]) > 0
+
+
+def test_moving_average_lags_behind_the_policy_and_survives_a_kill(
+    workspace, tmp_path, tiny_model_dir, small_params, monkeypatch
+):
+    changes = {"ema_decay": 0.5, "kl_budget": 1000.0}
+    params = small_params.model_copy(update={"ppo": small_params.ppo.model_copy(update=changes)})
+    broken = make_workspace(tmp_path / "broken", tiny_model_dir)
+    for layout in (workspace, broken):
+        run_stage("reward", params, layout)
+    seen = []
+    real = Training.move_average
+
+    def watched(self):
+        real(self)
+        seen.append((self.actors.policy_parameters()[1].detach().clone(), self.average[1].clone()))
+
+    monkeypatch.setattr(Training, "move_average", watched)
+    run_stage("ppo", params, workspace)
+    expected = torch.zeros_like(seen[0][0])  # B of an adapter starts at 0
+    for parameter, average in seen:
+        expected = 0.5 * expected + 0.5 * parameter
+        torch.testing.assert_close(average, expected)
+
+    def dying(self):
+        if len(seen) == 6:
+            raise Killed
+        watched(self)
+
+    monkeypatch.setattr(Training, "move_average", dying)
+    with pytest.raises(Killed):
+        run_stage("ppo", params, broken)
+    monkeypatch.setattr(Training, "move_average", real)
+    run_stage("ppo", params, broken)
+    assert_same_outputs(workspace, broken, "ppo", "policy")
