@@ -147,6 +147,7 @@ class PretrainConfig(TrainingSection):
     batch_size: PositiveInt
     max_length: int = Field(ge=8)
     warmup_fraction: float = Field(ge=0.0, lt=1.0)
+    checkpoint_seconds: NonNegativeFloat
 
 
 def _check_multiple(section: str, large: tuple[str, int], small: tuple[str, int]) -> None:
@@ -168,6 +169,7 @@ class WatchedTraining(TrainingSection):
     eval_every: PositiveInt
     keep: Literal["last", "best"]
     patience: NonNegativeInt
+    checkpoint_seconds: NonNegativeFloat
 
 
 class SFTConfig(WatchedTraining):

@@ -25,8 +25,6 @@ from rlhf_core.checkpoint import (
 from rlhf_core.optim import SkipGuard, step_if_finite
 from rlhf_core.tracking import Tracker
 
-CHECKPOINT_SECONDS = 60.0
-
 
 class Task(Protocol):
     """A supervised objective over rows."""
@@ -57,6 +55,7 @@ class Schedule:
     eval_every: int
     decay: str = "cosine"  # after the linear warm-up: cosine or linear to 0, or constant
     keep: str = "last"  # or best, by eval/loss
+    checkpoint_seconds: float = 60.0  # between two checkpoints
     patience: int = 0  # evaluations without a lower eval/loss that end training; 0 never does
 
     def learning_rate_at(self, step: int) -> float:
@@ -118,7 +117,7 @@ def train(
         tracker.log(metrics, step + 1)
         tokens += sum(map(task.length, batch))
         tracker.progress(step + 1, schedule.num_steps, f"loss {metrics['train/loss']:.3f}")
-        if time.monotonic() - last_saved > CHECKPOINT_SECONDS and step + 1 < schedule.num_steps:
+        if time.monotonic() - last_saved >= schedule.checkpoint_seconds and step + 1 < schedule.num_steps:
             _save(step + 1, optimizer, parameters, best, checkpoints, tracker)
             last_saved = time.monotonic()
         if evaluation and out_of_patience(tracker.history, schedule.patience):

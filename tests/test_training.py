@@ -99,7 +99,6 @@ def test_patience_by_hand(losses, patience, ended):
 
 
 def test_best_weights_survive_a_kill(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
     real, steps = training.train_step, []
 
     def dying(*arguments):
@@ -110,9 +109,9 @@ def test_best_weights_survive_a_kill(tmp_path, monkeypatch):
 
     monkeypatch.setattr(training, "train_step", dying)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, "broken", keep="best")
+        run(tmp_path, "broken", keep="best", checkpoint_seconds=0.0)
     monkeypatch.setattr(training, "train_step", real)
-    value, _, tracker = run(tmp_path, "broken", keep="best")
-    whole, _, other = run(tmp_path, "whole", keep="best")
+    value, _, tracker = run(tmp_path, "broken", keep="best", checkpoint_seconds=0.0)
+    whole, _, other = run(tmp_path, "whole", keep="best", checkpoint_seconds=0.0)
     assert value == whole
     assert tracker.history == other.history

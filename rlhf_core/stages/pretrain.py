@@ -95,6 +95,7 @@ def _pretrain(params: Params, layout: Layout, tracker: Tracker) -> dict[str, flo
         warmup_fraction=config.warmup_fraction,
         max_grad_norm=config.max_grad_norm,
         eval_every=max(1, config.num_steps // 10),
+        checkpoint_seconds=config.checkpoint_seconds,
     )
     origin = {
         "params": params.model_dump(mode="json", include={"run", "model", "pretrain"}),

@@ -158,6 +158,7 @@ def make_schedule(config: RewardConfig, num_rows: int) -> Schedule:
         decay=config.decay,
         keep=config.keep,
         patience=config.patience,
+        checkpoint_seconds=config.checkpoint_seconds,
     )
 
 

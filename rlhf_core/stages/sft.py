@@ -108,6 +108,7 @@ def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
         decay=config.decay,
         keep=config.keep,
         patience=config.patience,
+        checkpoint_seconds=config.checkpoint_seconds,
     )
     origin = {
         "params": params.model_dump(mode="json", include={"run", "model", "sft"}),

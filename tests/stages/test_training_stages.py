@@ -5,16 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import re
-import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from rlhf_core import training
-from rlhf_core.config import parse_params, read_yaml
-from rlhf_core.data.rows import write_rows
-from rlhf_core.layout import Layout
 from rlhf_core.modeling.loading import load_policy, load_tokenizer
 from rlhf_core.modeling.reward import load_reward_model
 from rlhf_core.optim import DivergedError
@@ -24,65 +19,7 @@ from rlhf_core.stages.ppo import Training, open_actors
 from rlhf_core.stages.runner import run_stage
 from rlhf_core.stages.sft import encode_file
 
-GOOD, BAD = "that is great! i love the sea and the sun.", "no, i do not like rain, it is sad and bad."
-
-
-@pytest.fixture
-def small_params(root):
-    tree = read_yaml(root / "params.yaml")
-    tree["run"] |= {"device": "cpu", "precision": "float32"}
-    tree["model"] |= {"save_dtype": "float32"}
-    tree["sft"] |= {
-        "num_rows": 32,
-        "batch_size": 8,
-        "micro_batch_size": 4,
-        "num_epochs": 3,
-        "learning_rate": 2e-2,
-    }
-    tree["sft"] |= {"num_eval_rows": 8, "eval_every": 4}
-    tree["reward"] |= {"batch_size": 8, "micro_batch_size": 4, "num_epochs": 3, "learning_rate": 1e-2}
-    tree["ppo"] |= {"num_updates": 4, "rollout_batch_size": 8, "minibatch_size": 4, "micro_batch_size": 4}
-    tree["ppo"] |= {"checkpoint_every": 1, "learning_rate": 1e-2, "critic_learning_rate": 1e-2}
-    tree["ppo"]["sampling"] |= {"max_new_tokens": 8}
-    return parse_params(tree, "test")
-
-
-@pytest.fixture
-def workspace(tmp_path, tiny_model_dir, monkeypatch):
-    monkeypatch.setenv("RLHF_TRACKING", "off")
-    return make_workspace(tmp_path / "whole", tiny_model_dir)
-
-
-def make_workspace(root, model):
-    layout = Layout(root)
-    for name in ("base", "pretrained", "sft"):
-        shutil.copytree(model, layout.model(name))
-    asked = [f"how are you on day {i}?" for i in range(40)]
-    rows = [
-        {"prompt": text, "messages": [{"role": "user", "content": text}], "source": "test", "row": i}
-        for i, text in enumerate(asked)
-    ]
-    for split, part in (("train", rows[:32]), ("eval", rows[32:])):
-        write_rows(
-            layout.prepared_file("demonstrations", split),
-            [r | {"response": GOOD} for r in part],
-            "demonstrations",
-        )
-        write_rows(layout.prepared_file("prompts", split), part, "prompts")
-        pairs = [r | {"chosen": GOOD, "rejected": BAD, "source": "ai:vader"} for r in part]
-        write_rows(layout.preferences / f"{split}.parquet", pairs, "preferences")
-    return layout
-
-
-def weights(directory):
-    return load_file(directory / "model.safetensors")
-
-
-def assert_same_outputs(one, other, stage, model):
-    for name, tensor in weights(one.model(model)).items():
-        assert torch.equal(tensor, weights(other.model(model))[name]), name
-    for file in (one.metrics(stage), one.history(stage)):
-        assert file.read_bytes() == (other.root / file.relative_to(one.root)).read_bytes()
+from .toy import BAD, GOOD, assert_same_outputs, make_workspace, weights
 
 
 def test_sft_lowers_the_loss_on_held_out_rows_and_saves_a_plain_model(workspace, small_params):
@@ -179,7 +116,6 @@ def test_broken_off_training_ends_with_the_same_weights(
     workspace, tmp_path, tiny_model_dir, small_params, monkeypatch, stage, model, kill_at
 ):
     whole, broken = workspace, make_workspace(tmp_path / "broken", tiny_model_dir)
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", -1.0)
     run_stage(stage, small_params, whole)
     real, steps = training.train_step, []
 
