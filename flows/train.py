@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from types import FrameType
+from typing import Any, Literal, NoReturn
 
 from rlhf_core.cli import QUIET
 
@@ -31,6 +33,9 @@ from rlhf_core.layout import Layout
 from rlhf_core.report import run_report
 from rlhf_core.stages import STAGES
 from tasks import registry, stages, workspace
+from tasks.processes import end_orphans
+
+TEMPORARY_SERVER = "prefect.server.api.server:create_app"
 
 
 def worth_retrying(task_object: Any, run: Any, state: Any) -> bool:
@@ -93,11 +98,13 @@ def main() -> None:
     parser.add_argument("-S", "--set", dest="overrides", action="append", default=[])
     options = parser.parse_args()
     root = Path.cwd()
+    signal.signal(signal.SIGTERM, _interrupt)  # Prefect passes it on to us when it has noted the crash
     try:
         # Checked here too, so that a mistake is one line and not a failed flow.
         workspace.check_workspace(root)
         with workspace.exclusive(root):
             workspace.resolve_params(root, options.profile, options.overrides)
+            end_orphans(root.resolve(), TEMPORARY_SERVER)  # of a run here that was killed
         registered = train(root=str(root))
     except (RLHFError, stages.StageError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -108,6 +115,11 @@ def main() -> None:
     from rich.console import Console
 
     Console().print(run_report(Layout(root), registered))
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
+    """SIGTERM unwinds like Ctrl-C, so the temporary server is stopped too."""
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

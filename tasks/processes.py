@@ -171,3 +171,24 @@ def _group_alive(group: int) -> bool:
     except (ProcessLookupError, PermissionError):
         return False
     return True
+
+
+def end_orphans(directory: Path, marker: str) -> list[int]:
+    """End processes that work in `directory`, have `marker` in their command, and whose parent is gone.
+
+    Such are left when a run is killed by SIGKILL and could not end what it had started.
+    """
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            here = process.ppid() == 1 and Path(process.cwd()) == directory
+            if here and marker in " ".join(process.cmdline()):
+                found.append(process)
+    for process in found:
+        with contextlib.suppress(psutil.Error):
+            process.terminate()
+    _, alive = psutil.wait_procs(found, timeout=GRACE_SECONDS)
+    for process in alive:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    return [process.pid for process in found]

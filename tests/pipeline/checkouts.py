@@ -43,7 +43,7 @@ def start(command: list[str], cwd: Path, log: Path, **env: str) -> subprocess.Po
 def commit(checkout: Path, message: str) -> None:
     who = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
     run(["git", "add", "-A"], checkout)
-    done = run(["git", *who, "commit", "-q", "-m", message], checkout)
+    done = run(["git", *who, "commit", "-q", "--allow-empty", "-m", message], checkout)
     assert done.returncode == 0, done.stderr
 
 

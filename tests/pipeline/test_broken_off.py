@@ -56,7 +56,7 @@ def test_killed_run_goes_on_and_gives_the_same_bytes(clone, finished, tmp_path):
 def test_stopped_flow_stops_its_training_and_says_how_to_go_on(clone, number, tmp_path):
     run(["rlhf", "params", "-S", f"run.seed={int(number)}"], clone)  # so that there is something to do
     progress = clone / ".rlhf" / "runs" / "pretrain" / "progress.json"
-    progress.unlink()
+    progress.unlink(missing_ok=True)
     flow = start(["rlhf", "run"], clone, tmp_path / "flow.log")
     wait_for(lambda: flow.poll() is not None or progress.exists())
     flow.send_signal(number)

@@ -6,6 +6,8 @@ import json
 import re
 import signal
 import socket
+import time
+import urllib.error
 import urllib.request
 
 from flows.up import free_port
@@ -22,9 +24,17 @@ def get(url):
 
 
 def post(url, body):
+    """As Prefect's own client does, try again while the server's database is busy."""
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as reply:
-        return json.load(reply)
+    for _ in range(10):
+        try:
+            with urllib.request.urlopen(request, timeout=60) as reply:
+                return json.load(reply)
+        except urllib.error.HTTPError as error:
+            if error.code != 503:
+                raise
+            time.sleep(1.0)
+    raise AssertionError(f"{url}: busy for 10 s")
 
 
 def test_up_starts_everything_runs_the_deployment_and_stops_cleanly(finished, tmp_path):
