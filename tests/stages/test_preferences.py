@@ -133,7 +133,7 @@ def test_stage_writes_pairs_of_both_kinds(small, layout):
             assert row["margin"] == abs(row["chosen_score"] - row["rejected_score"]) > 0
         flipped = sum(row["chosen_score"] < row["rejected_score"] for row in ai)
         assert flipped == round(0.2 * len(ai)) == metrics[f"preferences/num_flipped_{split}"]
-    assert metrics["preferences/num_answers"] == 15 * 4
+    assert metrics["preferences/num_answers"] == 15 * small.preferences.responses_per_prompt
     assert 0.0 <= metrics["preferences/eos_rate"] <= 1.0
     assert (layout.run_dir("preferences") / "preference_samples.table.json").is_file()
 
