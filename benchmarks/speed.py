@@ -100,11 +100,11 @@ def main() -> None:
 
     def forward() -> int:
         with torch.no_grad():
-            roles.hidden("policy", batch.input_ids)
+            roles.hidden("policy", *batch.inputs)
         return batch.input_ids.numel()
 
     def forward_backward() -> int:
-        roles.hidden("policy", batch.input_ids).float().sum().backward()
+        roles.hidden("policy", *batch.inputs).float().sum().backward()
         return batch.input_ids.numel()
 
     found |= measure(

@@ -71,6 +71,7 @@ class ModelConfig(Section):
     revision: str
     save_dtype: Literal["bfloat16", "float32"]
     finetuning: Literal["lora", "full"]
+    gradient_checkpointing: bool
     lora: LoRAConfig
     scratch: ScratchConfig
 
@@ -175,7 +176,9 @@ class WatchedTraining(TrainingSection):
 class SFTConfig(WatchedTraining):
     num_rows: PositiveInt
     num_eval_rows: PositiveInt
-    loss_on: Literal["response", "all"]
+    loss_on: Literal["response", "assistant", "all"]
+    packing: bool
+    neftune_alpha: NonNegativeFloat
 
     @model_validator(mode="after")
     def check_batch_sizes(self) -> Self:
@@ -192,6 +195,7 @@ class PreferencesConfig(Section):
     labeler: Literal["vader", "judge", "endpoint", "function"]
     labeler_target: str
     min_margin: NonNegativeFloat
+    balance_length: bool
     label_noise: float = Field(ge=0.0, lt=0.5)
     sampling: SamplingConfig
     batch_size: PositiveInt

@@ -27,7 +27,10 @@ from rlhf_core.tracking import Tracker
 
 
 class Task(Protocol):
-    """A supervised objective over rows."""
+    """A supervised objective over rows, to inherit from."""
+
+    def start_step(self, step: int) -> None:
+        """Called before each optimizer step: where randomness starts that a resume has to repeat."""
 
     def length(self, row: Any) -> int:
         """Tokens of a row; rows of similar length share a micro-batch."""
@@ -162,6 +165,7 @@ def train_step(
 ) -> dict[str, float]:
     """One optimizer step over `batch`, a micro-batch at a time, divided once by the weight of the whole
     batch."""
+    task.start_step(step)
     weight = task.weight(batch)
     sums: list[Mapping[str, Tensor]] = []
     ordered = sorted(batch, key=task.length)

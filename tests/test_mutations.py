@@ -44,13 +44,23 @@ MUTATIONS = {
     "sample compared with itself": ("rl/advantages.py", "/ (group_size - 1)", "/ group_size"),
     "biased KL estimate": ("rl/kl.py", "torch.exp(-log_ratio) - 1.0", "torch.exp(log_ratio) - 1.0"),
     "temperature upside down": ("modeling/logprobs.py", "logits.float() / temp", "logits.float() * temp"),
-    "states shifted by one": ("modeling/logprobs.py", "prompt_lengths[rows] - 1 +", "prompt_lengths[rows] +"),
+    "states shifted by one": (
+        "modeling/encoding.py",
+        "(before[i], *range(starts[i], starts[i] + len(response) - 1))",
+        "range(starts[i], starts[i] + len(response))",
+    ),
+    "responses see each other": ("modeling/encoding.py", "(same_response | (", "(True | ("),
+    "response seen from its prompt's end": (
+        "modeling/encoding.py",
+        "self._extend(responses[i], len(prompt), ",
+        "self._extend(responses[i], len(self.ids), ",
+    ),
     "mean over padding": ("rl/tensor_ops.py", "masked_sum(values, mask) / mask.sum()", "values.mean()"),
     "rollout keeps its graph": ("rl/ppo.py", "@torch.no_grad()\ndef collect", "def collect"),
     "same permutation each pass": (
         "rl/ppo.py",
-        "torch.randperm(len(rollout.answers), generator=generator).tolist()",
-        "list(range(len(rollout.answers)))",
+        "torch.randperm(count // samples_per_prompt, generator=generator).tolist()",
+        "list(range(count // samples_per_prompt))",
     ),
     "step divided by micro-batch": (
         "rl/ppo.py",

@@ -8,7 +8,7 @@ import torch
 from rlhf_core import training
 from rlhf_core.checkpoint import Checkpoints
 from rlhf_core.tracking import Tracker
-from rlhf_core.training import Schedule, out_of_patience, step_rows, train
+from rlhf_core.training import Schedule, Task, out_of_patience, step_rows, train
 
 PLAIN = {"batch_size": 2, "micro_batch_size": 1, "max_grad_norm": 1e9}
 
@@ -38,7 +38,7 @@ def test_every_row_is_seen_once_an_epoch():
     assert step_rows(7, 3, 0, seed=5) != step_rows(7, 3, 3, seed=5)
 
 
-class Pull:
+class Pull(Task):
     """Pulls a parameter up by about 1 a step (Adam's step is the learning rate); it is best at 3."""
 
     def __init__(self, parameter):

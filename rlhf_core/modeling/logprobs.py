@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rlhf_core.modeling.encoding import TokenBatch, make_batch
+from rlhf_core.modeling.encoding import TokenBatch, length_order, make_batch
+from rlhf_core.modeling.trunk import last_hidden
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,11 +19,9 @@ if TYPE_CHECKING:
 def response_hidden(hidden: Tensor, batch: TokenBatch) -> Tensor:
     """Pick the hidden states that predict the response tokens.
 
-    `hidden` is (B, T, D); the result is (N, D), N response tokens of the batch in row order. The state that
-    predicts response token t stands at position prompt_length - 1 + t: the one shift of the code base.
+    `hidden` is (S, T, D); the result is (N, D), N response tokens of the batch in row order.
     """
-    rows, offsets = batch.response_mask.nonzero(as_tuple=True)
-    return hidden[rows, batch.prompt_lengths[rows] - 1 + offsets]
+    return hidden.flatten(0, 1)[batch.predictors]
 
 
 def token_logprobs(
@@ -62,7 +61,7 @@ def response_logprobs(
     Returns, in the order given, one float32 tensor (length of the response,) per row, on the CPU.
     Rows are batched by length so that little is spent on padding.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
+    order = length_order(prompts, responses)
     found: dict[int, Tensor] = {}
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
@@ -72,7 +71,7 @@ def response_logprobs(
             pad_token_id=model.config.pad_token_id or 0,
             device=model.device,
         )
-        hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        hidden = last_hidden(model, *batch.inputs)
         logits = model.get_output_embeddings()(response_hidden(hidden, batch))
         logprobs, _ = token_logprobs(logits, batch.responses[batch.response_mask], temperature)
         for i, part in zip(rows, logprobs.cpu().split([len(responses[i]) for i in rows]), strict=True):

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from rlhf_core.config import RunConfig
 from rlhf_core.errors import InputError
-from rlhf_core.modeling.encoding import TokenBatch, encode_prompt, encode_response, make_batch
+from rlhf_core.modeling.encoding import TokenBatch, encode_prompt, encode_response, length_order, make_batch
 from rlhf_core.modeling.loading import (
     check_model_dir,
     load_tokenizer,
@@ -24,6 +25,7 @@ from rlhf_core.modeling.loading import (
     use_determinism,
 )
 from rlhf_core.modeling.roles import Roles
+from rlhf_core.modeling.trunk import last_hidden
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -65,9 +67,8 @@ class Normalisation:
 
 
 def last_response_hidden(hidden: Tensor, batch: TokenBatch) -> Tensor:
-    """Hidden state (B, D) at the last response token; `hidden` is (B, T, D)."""
-    last = batch.prompt_lengths + batch.response_mask.sum(dim=1) - 1
-    return hidden[torch.arange(len(last), device=hidden.device), last]
+    """Hidden state (B, D) at the last response token; `hidden` is (S, T, D)."""
+    return hidden.flatten(0, 1)[batch.last]
 
 
 def save_reward_model(
@@ -125,7 +126,7 @@ class RewardScorer:
 
     def __init__(
         self,
-        trunk: Callable[[Tensor], Tensor],
+        trunk: Callable[..., Tensor],
         head: ScalarHead,
         normalisation: Normalisation,
         tokenizer: PreTrainedTokenizerBase,
@@ -143,7 +144,7 @@ class RewardScorer:
         """One score per response, in the order given. Text goes in, never token ids."""
         prompts = [encode_prompt(self._tokenizer, messages) for messages in conversations]
         answers = [encode_response(self._tokenizer, text) for text in responses]
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(answers[i]))
+        order = length_order(prompts, answers)
         scores = [0.0] * len(order)
         device = next(self._head.parameters()).device
         for start in range(0, len(order), batch_size):
@@ -151,7 +152,7 @@ class RewardScorer:
             batch = make_batch(
                 [prompts[i] for i in rows], [answers[i] for i in rows], self._tokenizer.pad_token_id, device
             )
-            raw = self._head(last_response_hidden(self._trunk(batch.input_ids), batch))
+            raw = self._head(last_response_hidden(self._trunk(*batch.inputs), batch))
             for i, score in zip(rows, self._normalisation.apply(raw).tolist(), strict=True):
                 scores[i] = score
         return scores
@@ -175,14 +176,11 @@ def load_reward_model(path: Path, run: RunConfig) -> RewardScorer:
     )
     head = load_head(path, trunk.config.hidden_size).to(device)
 
-    def hidden(input_ids: Tensor) -> Tensor:
-        return trunk(input_ids=input_ids, use_cache=False).last_hidden_state
-
-    return RewardScorer(hidden, head, normalisation, load_tokenizer(path))
+    return RewardScorer(partial(last_hidden, trunk), head, normalisation, load_tokenizer(path))
 
 
 def scorer_of_role(
     roles: Roles, head: ScalarHead, normalisation: Normalisation, tokenizer: PreTrainedTokenizerBase
 ) -> RewardScorer:
     """The role "reward" of a running training as a scorer."""
-    return RewardScorer(lambda input_ids: roles.hidden("reward", input_ids), head, normalisation, tokenizer)
+    return RewardScorer(partial(roles.hidden, "reward"), head, normalisation, tokenizer)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,20 +18,26 @@ from torch import Tensor, nn
 from rlhf_core.config import LoRAConfig, Params
 from rlhf_core.modeling import lora
 from rlhf_core.modeling.loading import load_policy, load_tokenizer, resolve_device, resolve_dtype
+from rlhf_core.modeling.trunk import last_hidden
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 REFERENCE = "reference"
-SHORT_SEQUENCE = 256
 
 
 class AdapterRoles:
     """Every role is an adapter on one base; the reference is the base with no adapter."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: LoRAConfig
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: LoRAConfig,
+        *,
+        recompute: bool = False,
     ) -> None:
+        self._recompute = recompute
         self.tokenizer = tokenizer
         self.device = model.device
         self._model = model
@@ -53,10 +60,11 @@ class AdapterRoles:
         finally:
             self._active.name = before
 
-    def hidden(self, role: str, input_ids: Tensor) -> Tensor:
-        """Last hidden states (B, T, D) of sequences padded on the right."""
-        with self.using(role) as model, short_attention(model, input_ids):
-            return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    def hidden(self, role: str, *inputs: Tensor | None) -> Tensor:
+        """Last hidden states (S, T, D) of `TokenBatch.inputs`."""
+        with self.using(role) as model:
+            again = partial(self.using, role) if self._recompute else None
+            return last_hidden(model, *inputs, recompute_in=again)
 
     def logits(self, role: str, hidden: Tensor) -> Tensor:
         """(N, D) -> (N, V)."""
@@ -80,6 +88,7 @@ class FullRoles:
         self.tokenizer = tokenizer
         self.device = resolve_device(params.run)
         self._run = params.run
+        self._recompute = params.model.gradient_checkpointing
         self._dtype = resolve_dtype(params.run, self.device)
         self._models: dict[str, PreTrainedModel] = {}
 
@@ -93,9 +102,10 @@ class FullRoles:
         with torch.autocast(self.device.type, self._dtype, enabled=self._dtype != torch.float32):
             yield self._models[role]
 
-    def hidden(self, role: str, input_ids: Tensor) -> Tensor:
-        with self.using(role) as model, short_attention(model, input_ids):
-            return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    def hidden(self, role: str, *inputs: Tensor | None) -> Tensor:
+        with self.using(role) as model:
+            again = partial(self.using, role) if self._recompute else None
+            return last_hidden(model, *inputs, recompute_in=again)
 
     def logits(self, role: str, hidden: Tensor) -> Tensor:
         with self.using(role) as model:
@@ -113,18 +123,9 @@ class FullRoles:
 Roles = AdapterRoles | FullRoles
 
 
-@contextlib.contextmanager
-def short_attention(model: PreTrainedModel, input_ids: Tensor) -> Iterator[None]:
-    """On a CPU, attend to short sequences by plain matrix products: forward and backward of the whole model
-    take some 15 % less time than with the fused kernel. Long sequences would need T x T scores in memory."""
-    config = model.config
-    before = config._attn_implementation
-    if input_ids.device.type == "cpu" and input_ids.shape[1] <= SHORT_SEQUENCE:
-        config._attn_implementation = "eager"
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
+def adapter_roles(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, params: Params) -> AdapterRoles:
+    config = params.model
+    return AdapterRoles(model, tokenizer, config.lora, recompute=config.gradient_checkpointing)
 
 
 def open_roles(params: Params, base: Path, *, trained: str, seed: int) -> Roles:
@@ -134,6 +135,6 @@ def open_roles(params: Params, base: Path, *, trained: str, seed: int) -> Roles:
         full.add(trained, path=base)
         return full
     model, tokenizer = load_policy(base, params.run)
-    adapted = AdapterRoles(model, tokenizer, params.model.lora)
+    adapted = adapter_roles(model, tokenizer, params)
     adapted.add(trained, seed=seed)
     return adapted

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rlhf_core.config import PPOConfig
 from rlhf_core.evaluation.text_metrics import repeated_share
 from rlhf_core.generation import Generation, generate
-from rlhf_core.modeling.encoding import TokenBatch, encode_prompt, make_batch
+from rlhf_core.modeling.encoding import TokenBatch, encode_prompt, length_order, make_batch
 from rlhf_core.modeling.logprobs import response_hidden, scatter_to_mask, token_logprobs
 from rlhf_core.modeling.reward import RewardScorer, ScalarHead
 from rlhf_core.modeling.roles import REFERENCE, Roles
@@ -49,7 +49,7 @@ class Actors:
         self, role: str, batch: TokenBatch, temperature: float, *, entropy_gradient: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies of the response tokens, (B, R) each, zero outside the mask."""
-        hidden = response_hidden(self.roles.hidden(role, batch.input_ids), batch)
+        hidden = response_hidden(self.roles.hidden(role, *batch.inputs), batch)
         tokens = batch.responses[batch.response_mask]
         logprobs, entropy = token_logprobs(
             self.roles.logits(role, hidden), tokens, temperature, entropy_gradient=entropy_gradient
@@ -60,7 +60,7 @@ class Actors:
         """Estimates just before each response token, (B, R), zero outside the mask or without a critic."""
         if self.value_head is None:
             return torch.zeros(batch.response_mask.shape, device=batch.response_mask.device)
-        hidden = response_hidden(self.roles.hidden("critic", batch.input_ids), batch)
+        hidden = response_hidden(self.roles.hidden("critic", *batch.inputs), batch)
         return scatter_to_mask(self.value_head(hidden), batch.response_mask)
 
 
@@ -86,9 +86,6 @@ class Rollout:
         """KL to the reference by episode, (B,): the k1 estimate summed over tokens, in nats."""
         return (self.logprobs - self.ref_logprobs).masked_fill(~self.response_mask, 0.0).sum(dim=1)
 
-    def lengths(self) -> list[int]:
-        return self.response_mask.sum(dim=1).tolist()
-
     def select(self, rows: Sequence[int]) -> Rollout:
         """The episodes `rows`, trimmed to their longest response."""
         index = torch.tensor(list(rows), device=self.logprobs.device)
@@ -104,12 +101,13 @@ class Rollout:
             **{name: getattr(self, name)[index, :longest] for name in fields},
         )
 
+    def micro_batch_rows(self, size: int) -> list[list[int]]:
+        """Which episodes share a forward pass: those of similar length, and of one prompt."""
+        order = length_order(self.prompts, [answer.token_ids for answer in self.answers])
+        return [order[i : i + size] for i in range(0, len(order), size)]
+
     def micro_batches(self, size: int) -> list[Rollout]:
-        """Cut by length, so that little is spent on padding."""
-        order = sorted(
-            range(len(self.answers)), key=lambda i: len(self.prompts[i]) + len(self.answers[i].token_ids)
-        )
-        return [self.select(order[i : i + size]) for i in range(0, len(order), size)]
+        return [self.select(rows) for rows in self.micro_batch_rows(size)]
 
     def batch(self, pad_token_id: int) -> TokenBatch:
         answers = [list(answer.token_ids) for answer in self.answers]
@@ -175,9 +173,7 @@ def _with_forwards(actors: Actors, rollout: Rollout, config: PPOConfig) -> Rollo
     """Fill in log-probabilities, entropies and values, a micro-batch at a time."""
     temperature = config.sampling.temperature
     filled = {name: rollout.logprobs.clone() for name in ("logprobs", "ref_logprobs", "entropy", "values")}
-    order = sorted(range(len(rollout.answers)), key=lambda i: len(rollout.prompts[i]) + rollout.lengths()[i])
-    for start in range(0, len(order), config.micro_batch_size):
-        rows = order[start : start + config.micro_batch_size]
+    for rows in rollout.micro_batch_rows(config.micro_batch_size):
         batch = rollout.select(rows).batch(actors.roles.tokenizer.pad_token_id)
         logprobs, entropy = actors.logprobs("policy", batch, temperature)
         ref_logprobs, _ = actors.logprobs(REFERENCE, batch, temperature)
@@ -293,13 +289,19 @@ def update(
     steps: list[dict[str, float]] = []
     generator = torch.Generator().manual_seed(seed)
     for _ in range(config.num_ppo_epochs):
-        order = torch.randperm(len(rollout.answers), generator=generator).tolist()
+        order = episode_order(len(rollout.answers), config.samples_per_prompt, generator)
         for start in range(0, len(order), config.minibatch_size):
             minibatch = rollout.select(order[start : start + config.minibatch_size])
             steps.append(ppo_step(actors, policy_optimizer, critic_optimizer, minibatch, config, price))
             if 0.0 < config.approx_kl_stop < steps[-1].get("policy/approx_kl", 0.0):
                 return _means(steps)
     return _means(steps)
+
+
+def episode_order(count: int, samples_per_prompt: int, generator: torch.Generator) -> list[int]:
+    """A fresh permutation of the prompts, each with its episodes, so that they share a forward pass."""
+    order = torch.randperm(count // samples_per_prompt, generator=generator).tolist()
+    return [prompt * samples_per_prompt + i for prompt in order for i in range(samples_per_prompt)]
 
 
 def _means(steps: Sequence[dict[str, float]]) -> dict[str, float]:

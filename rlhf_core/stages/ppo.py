@@ -26,7 +26,7 @@ from rlhf_core.labelers import FunctionLabeler, Labeler, make_labeler
 from rlhf_core.layout import Layout
 from rlhf_core.modeling.loading import load_policy, load_tokenizer, read_provenance
 from rlhf_core.modeling.reward import load_head, load_normalisation, scorer_of_role
-from rlhf_core.modeling.roles import REFERENCE, AdapterRoles, FullRoles, Roles
+from rlhf_core.modeling.roles import REFERENCE, FullRoles, Roles, adapter_roles
 from rlhf_core.optim import SkipGuard
 from rlhf_core.rl.alarms import alarms
 from rlhf_core.rl.kl import KLController
@@ -73,7 +73,7 @@ def open_actors(params: Params, layout: Layout) -> Actors:
         roles.add("reward", path=reward, trained=False)
     else:
         model, tokenizer = load_policy(sft, params.run)
-        roles = AdapterRoles(model, tokenizer, params.model.lora)
+        roles = adapter_roles(model, tokenizer, params)
         roles.add("policy", seed=params.run.seed)
         if params.ppo.has_critic:
             roles.add("critic", seed=0, start=reward)

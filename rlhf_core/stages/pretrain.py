@@ -24,7 +24,7 @@ from rlhf_core.modeling.loading import read_provenance, write_provenance
 from rlhf_core.modeling.logprobs import response_hidden
 from rlhf_core.modeling.roles import FullRoles
 from rlhf_core.tracking import Tracker
-from rlhf_core.training import Schedule, in_micro_batches, train
+from rlhf_core.training import Schedule, Task, in_micro_batches, train
 
 ROLE = "policy"
 
@@ -49,7 +49,7 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-class TextTask:
+class TextTask(Task):
     """Next-token cross-entropy on whole texts."""
 
     def __init__(self, roles: FullRoles, eval_rows: Sequence[list[int]], micro_batch_size: int) -> None:
@@ -66,7 +66,7 @@ class TextTask:
     def loss(self, rows: Sequence[list[int]]) -> tuple[Tensor, dict[str, Tensor]]:
         pad = self.roles.tokenizer.pad_token_id
         batch = make_batch([row[:1] for row in rows], [row[1:] for row in rows], pad, self.roles.device)
-        logits = self.roles.logits(ROLE, response_hidden(self.roles.hidden(ROLE, batch.input_ids), batch))
+        logits = self.roles.logits(ROLE, response_hidden(self.roles.hidden(ROLE, *batch.inputs), batch))
         targets = batch.responses[batch.response_mask]
         return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum"), {}
 

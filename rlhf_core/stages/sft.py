@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_core.atomic import staged_dir
 from rlhf_core.checkpoint import Checkpoints, inputs_digest
-from rlhf_core.config import Params
+from rlhf_core.config import Params, SFTConfig
 from rlhf_core.data.rows import read_rows
 from rlhf_core.errors import InputError
 from rlhf_core.layout import Layout
-from rlhf_core.modeling.encoding import encode_prompt, encode_response, make_batch
+from rlhf_core.modeling.encoding import encode_prompt, encode_response, encode_turns, make_batch
 from rlhf_core.modeling.loading import read_provenance, write_provenance
 from rlhf_core.modeling.logprobs import response_hidden
 from rlhf_core.modeling.roles import Roles, open_roles
 from rlhf_core.tracking import Tracker
-from rlhf_core.training import Schedule, in_micro_batches, train
+from rlhf_core.training import Schedule, Task, in_micro_batches, train
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ROLE = "policy"
 
@@ -34,43 +35,58 @@ ROLE = "policy"
 class Example:
     prompt: list[int]
     response: list[int]  # ends with EOS
+    targets: list[bool]  # which tokens of `response` are learnt
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)
 
 
-class CompletionTask:
-    """Next-token cross-entropy on the responses of (prompt, response) rows."""
+class CompletionTask(Task):
+    """Next-token cross-entropy on the target tokens of (prompt, response) rows."""
 
-    def __init__(self, roles: Roles, eval_rows: Sequence[Example], micro_batch_size: int) -> None:
+    def __init__(self, roles: Roles, eval_rows: Sequence[Example], config: SFTConfig, seed: int) -> None:
         self.roles = roles
         self.eval_rows = eval_rows
-        self.micro_batch_size = micro_batch_size
+        self.config = config
+        self.noise = torch.Generator().manual_seed(seed)
+        self._seed = seed
+
+    def start_step(self, step: int) -> None:
+        """The noise of a step follows from the seed and the step, so a resume needs no state of it."""
+        self.noise.manual_seed(self._seed * 1_000_003 + step)
 
     def length(self, row: Example) -> int:
         return len(row)
 
     def weight(self, rows: Sequence[Example]) -> float:
-        return float(sum(len(row.response) for row in rows))
+        return float(sum(sum(row.targets) for row in rows))
 
     def loss(self, rows: Sequence[Example]) -> tuple[Tensor, dict[str, Tensor]]:
+        if not self.config.neftune_alpha:
+            return self._loss(rows)
+        with self.roles.using(ROLE) as model, noisy_embeddings(model, self.config.neftune_alpha, self.noise):
+            return self._loss(rows)
+
+    def _loss(self, rows: Sequence[Example]) -> tuple[Tensor, dict[str, Tensor]]:
         batch = make_batch(
             [r.prompt for r in rows],
             [r.response for r in rows],
             self.roles.tokenizer.pad_token_id,
             self.roles.device,
+            row_tokens=self.config.max_length if self.config.packing else 0,
         )
-        hidden = response_hidden(self.roles.hidden(ROLE, batch.input_ids), batch)
-        logits = self.roles.logits(ROLE, hidden).float()  # (N, V), N response tokens
-        targets = batch.responses[batch.response_mask]
+        learnt = torch.tensor([target for row in rows for target in row.targets], device=self.roles.device)
+        hidden = response_hidden(self.roles.hidden(ROLE, *batch.inputs), batch)[learnt]
+        logits = self.roles.logits(ROLE, hidden).float()  # (N, V), N target tokens
+        targets = batch.responses[batch.response_mask][learnt]
         loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
         return loss, {"train/token_accuracy": (logits.argmax(-1) == targets).sum()}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         loss = correct = 0.0
-        for rows in in_micro_batches(self.eval_rows, self.micro_batch_size, len):
-            part, stats = self.loss(rows)
+        for rows in in_micro_batches(self.eval_rows, self.config.micro_batch_size, len):
+            part, stats = self._loss(rows)
             loss += float(part)
             correct += float(stats["train/token_accuracy"])
         weight = self.weight(self.eval_rows)
@@ -79,6 +95,22 @@ class CompletionTask:
             "eval/perplexity": math.exp(loss / weight),
             "eval/token_accuracy": correct / weight,
         }
+
+
+@contextlib.contextmanager
+def noisy_embeddings(model: PreTrainedModel, alpha: float, generator: torch.Generator) -> Iterator[None]:
+    """Add noise, uniform in (-1, 1) * alpha / sqrt(T D), to embedded rows (S, T, D) (Jain et al. 2023)."""
+
+    def add_noise(_module: nn.Module, _inputs: object, embedded: Tensor) -> Tensor:
+        noise = torch.empty(embedded.shape).uniform_(-1.0, 1.0, generator=generator)
+        scale = alpha / math.sqrt(embedded.shape[1] * embedded.shape[2])
+        return embedded + (scale * noise).to(embedded)
+
+    hook = model.get_input_embeddings().register_forward_hook(add_noise)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
@@ -95,7 +127,7 @@ def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
     tracker.dataset("demonstrations", train_file, "training")
     tracker.dataset("demonstrations", eval_file, "evaluation")
 
-    task = CompletionTask(roles, eval_rows, config.micro_batch_size)
+    task = CompletionTask(roles, eval_rows, config, params.run.seed)
     before = task.evaluate()
     schedule = Schedule(
         num_steps=config.num_epochs * math.ceil(len(train_rows) / config.batch_size),
@@ -143,8 +175,6 @@ def encode_file(
 ) -> tuple[list[Example], int]:
     """At most `num_rows` examples, chosen by seed among those that fit; and how many were too long.
 
-    With `loss_on` all, everything after the first token counts as response.
-
     Raises InputError when no row fits.
     """
     rows = read_rows(path)
@@ -154,12 +184,7 @@ def encode_file(
     for i in order:
         if len(examples) == num_rows:
             break
-        prompt = encode_prompt(tokenizer, rows[i]["messages"])
-        response = encode_response(tokenizer, rows[i]["response"])
-        # The first token has nothing before it that could predict it.
-        example = (
-            Example(prompt[:1], prompt[1:] + response) if loss_on == "all" else Example(prompt, response)
-        )
+        example = encode_example(tokenizer, rows[i], loss_on)
         if len(example) > max_length:
             too_long += 1
         else:
@@ -167,6 +192,26 @@ def encode_file(
     if not examples:
         raise InputError(f"{path}: none of {len(rows)} rows fits into {max_length} tokens (max_length)")
     return examples, too_long
+
+
+def encode_example(
+    tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], loss_on: str = "response"
+) -> Example:
+    """A demonstration as tokens, and which of them are learnt.
+
+    The last response; or with `loss_on` assistant every turn of the assistant, with all everything but the
+    first token, which has nothing before it that could predict it.
+    """
+    if loss_on == "assistant":
+        turns = [*row["messages"], {"role": "assistant", "content": row["response"]}]
+        ids, learnt = encode_turns(tokenizer, turns)
+        start = learnt.index(True)
+        return Example(ids[:start], ids[start:], learnt[start:])
+    prompt = encode_prompt(tokenizer, row["messages"])
+    response = encode_response(tokenizer, row["response"])
+    if loss_on == "all":
+        prompt, response = prompt[:1], prompt[1:] + response
+    return Example(prompt, response, [True] * len(response))
 
 
 def save_causal_model(roles: Roles, final: Path, params: Params, origin: dict[str, object]) -> None:

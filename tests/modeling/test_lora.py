@@ -6,7 +6,8 @@ import torch
 from rlhf_core.config import LoRAConfig, RunConfig
 from rlhf_core.modeling.loading import load_policy
 from rlhf_core.modeling.lora import adapted_layers
-from rlhf_core.modeling.roles import REFERENCE, SHORT_SEQUENCE, AdapterRoles
+from rlhf_core.modeling.roles import REFERENCE, AdapterRoles
+from rlhf_core.modeling.trunk import SHORT_SEQUENCE
 
 RUN = RunConfig(seed=0, device="cpu", precision="float32")
 LORA = LoRAConfig(rank=4, alpha=8.0)
@@ -98,3 +99,26 @@ def test_saved_adapter_opens_with_peft_and_gives_the_same(roles, tiny_model_dir,
     other = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter")
     found = other.base_model.model.model(input_ids=IDS).last_hidden_state
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_recomputed_activations_give_the_same_gradients_and_keep_less(tiny_model_dir):
+    gradients, kept = {}, {False: 0, True: 0}
+    for recompute in (False, True):
+        model, tokenizer = load_policy(tiny_model_dir, RUN)
+        roles = AdapterRoles(model, tokenizer, LORA, recompute=recompute)
+        for seed, role in enumerate(("policy", "critic")):
+            roles.add(role, seed=seed)
+            randomise(roles, role)
+
+        def count(tensor, to=recompute):
+            kept[to] += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            both = [roles.hidden(role, IDS) for role in ("policy", "critic")]
+        torch.cat(both).pow(3).sum().backward()  # each role is recomputed as itself, after both ran
+        gradients[recompute] = [p.grad for role in ("policy", "critic") for p in roles.parameters(role)]
+        assert not any(block.training for block in model.base_model.layers)
+    for plain, again in zip(gradients[False], gradients[True], strict=True):
+        torch.testing.assert_close(again, plain, rtol=0, atol=0)
+    assert kept[True] < 0.5 * kept[False]

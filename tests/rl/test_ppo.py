@@ -21,11 +21,11 @@ CHATS = [
 ]
 
 
-class VowelScorer:
-    """A reward with a known optimum: the share of the letter e."""
+class LowercaseScorer:
+    """A reward with a known optimum, 1: the share of lower-case letters."""
 
     def score(self, conversations, responses):
-        return [text.count("e") / max(1, len(text)) for text in responses]
+        return [sum(map(str.islower, text)) / max(1, len(text)) for text in responses]
 
 
 @pytest.fixture
@@ -46,11 +46,15 @@ def config(params):
 
 @pytest.fixture
 def actors(tiny_model_dir):
-    model, tokenizer = load_policy(tiny_model_dir, RUN)
+    return make_actors(tiny_model_dir)
+
+
+def make_actors(directory, seed=0):
+    model, tokenizer = load_policy(directory, RUN)
     roles = AdapterRoles(model, tokenizer, LoRAConfig(rank=8, alpha=16.0))
-    roles.add("policy", seed=0)
-    roles.add("critic", seed=1)
-    return Actors(roles, ScalarHead(model.config.hidden_size, seed=0), VowelScorer())
+    roles.add("policy", seed=seed)
+    roles.add("critic", seed=seed + 1)
+    return Actors(roles, ScalarHead(model.config.hidden_size, seed=seed), LowercaseScorer())
 
 
 def optimizers(actors, rate=1e-2):
@@ -96,12 +100,13 @@ def test_cut_into_micro_batches_changes_no_gradient(actors, config, micro_batch_
 
 def test_rollout_scores_and_masks_belong_to_their_answers(actors, config):
     rollout = collect(actors, CHATS, config, seed=2)
-    assert rollout.lengths() == [len(answer.token_ids) for answer in rollout.answers]
-    expected = VowelScorer().score(None, [answer.text for answer in rollout.answers])
+    lengths = [len(answer.token_ids) for answer in rollout.answers]
+    assert rollout.response_mask.sum(dim=1).tolist() == lengths
+    expected = LowercaseScorer().score(None, [answer.text for answer in rollout.answers])
     torch.testing.assert_close(rollout.scores, torch.tensor(expected))
     part = rollout.select([3, 0])
     assert part.answers == [rollout.answers[3], rollout.answers[0]]
-    assert part.response_mask.shape[1] == max(part.lengths())
+    assert part.response_mask.shape[1] == max(lengths[3], lengths[0])
     torch.testing.assert_close(part.logprobs[1], rollout.logprobs[0, : part.logprobs.shape[1]])
 
 
@@ -113,34 +118,44 @@ def test_unfinished_answers_pay_the_penalty(actors, config):
     torch.testing.assert_close(fined.scores, plain.scores - 2.0 * unfinished)
 
 
-def test_ppo_learns_a_reward_and_leaves_the_reference_alone(actors, config):
-    before = actors.roles.hidden(REFERENCE, torch.tensor([[5, 6, 7]])).clone()
-    steps = optimizers(actors)
+METHODS = ["gae", "rloo", "grpo", "reinforce++"]
+
+
+def learn(actors, config, num_updates, seed=0):
+    """Mean score of each rollout."""
+    policy_optimizer, critic_optimizer = optimizers(actors)
+    if not config.has_critic:
+        actors, critic_optimizer = replace(actors, value_head=None), None
     scores = []
-    for number in range(14):
-        rollout = collect(actors, CHATS, config, seed=100 + number)
+    for number in range(num_updates):
+        rollout = collect(actors, CHATS, config, seed=1000 * seed + 100 + number)
         scores.append(rollout.scores.mean().item())
-        update(actors, *steps, rollout, config, seed=number)
-    assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.1
+        metrics = update(actors, policy_optimizer, critic_optimizer, rollout, config, seed=number)
+        metrics |= rollout_metrics(rollout, config)
+        assert config.has_critic == any(name.startswith("value/") for name in metrics)
+        assert config.has_critic == bool(rollout.values.any())
+    return scores
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns_a_reward_and_leaves_the_reference_alone(actors, config, method):
+    before = actors.roles.hidden(REFERENCE, torch.tensor([[5, 6, 7]])).clone()
+    scores = learn(actors, config.model_copy(update={"advantages": method}), 14)
+    assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.15
     torch.testing.assert_close(
         actors.roles.hidden(REFERENCE, torch.tensor([[5, 6, 7]])), before, rtol=0, atol=0
     )
 
 
-@pytest.mark.parametrize("method", ["rloo", "grpo", "reinforce++"])
-def test_methods_without_a_critic_learn_the_same_reward(actors, config, method):
-    alone = replace(actors, value_head=None)
-    assert alone.critic_parameters() == []
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_reaches_the_optimum_on_five_of_five_seeds(tiny_model_dir, config, method):
+    """At least 0.9 of the best reward in three rollouts in a row, within 60 updates; it starts below 0.4."""
     config = config.model_copy(update={"advantages": method})
-    policy_optimizer = torch.optim.AdamW(alone.policy_parameters(), lr=1e-2, weight_decay=0.0)
-    scores = []
-    for number in range(14):
-        rollout = collect(alone, CHATS, config, seed=100 + number)
-        assert not rollout.values.any()
-        scores.append(rollout.scores.mean().item())
-        metrics = update(alone, policy_optimizer, None, rollout, config, seed=number)
-        assert not any(name.startswith("value/") for name in metrics | rollout_metrics(rollout, config))
-    assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.1
+    for seed in range(5):
+        scores = learn(make_actors(tiny_model_dir, seed), config, 60, seed)
+        assert scores[0] < 0.4
+        assert max(min(scores[i : i + 3]) for i in range(58)) >= 0.9, (seed, scores)
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
@@ -209,7 +224,7 @@ def test_reward_head_reads_the_last_response_token_whatever_the_padding(actors):
     prompts = [encode_prompt(tokenizer, messages) for messages in CHATS[:2]]
     answers = [encode_response(tokenizer, text) for text in ("yes", "i like long walks and good books")]
     together = make_batch(prompts, answers, tokenizer.pad_token_id, torch.device("cpu"))
-    read = last_response_hidden(actors.roles.hidden(REFERENCE, together.input_ids), together)
+    read = last_response_hidden(actors.roles.hidden(REFERENCE, *together.inputs), together)
     for i in range(2):
         alone = make_batch(
             prompts[i : i + 1], answers[i : i + 1], tokenizer.pad_token_id, torch.device("cpu")
