@@ -72,6 +72,7 @@ def pairwise_loss(
     chosen_scores: Tensor,
     rejected_scores: Tensor,
     *,
+    weights: Tensor | None = None,
     margins: Tensor | None = None,
     label_smoothing: float = 0.0,
     centering_coef: float = 0.0,
@@ -82,15 +83,20 @@ def pairwise_loss(
 
     m asks for a wider gap where people saw one (Touvron et al. 2023, eq. 2); e is the share of labels held to
     be wrong, and keeps the scores of noisy pairs finite; c keeps scores near zero (Eisenstein et al. 2023,
-    section 2), which the likelihood alone leaves free.
+    section 2), which the likelihood alone leaves free. Each pair counts its weight, 1 without `weights`.
 
     Shapes: (B,) each.
     """
     gap = chosen_scores - rejected_scores
+    counts = torch.ones_like(gap) if weights is None else weights
     wanted = gap if margins is None else gap - margins
-    loss = -logsigmoid(wanted).sum()
+    loss = -logsigmoid(wanted)
     if label_smoothing > 0.0:
-        loss = (1.0 - label_smoothing) * loss - label_smoothing * logsigmoid(-wanted).sum()
+        loss = (1.0 - label_smoothing) * loss - label_smoothing * logsigmoid(-wanted)
     if centering_coef > 0.0:
-        loss = loss + centering_coef * ((chosen_scores + rejected_scores) ** 2).sum()
-    return loss, {"train/accuracy": (gap.detach() > 0).sum(), "train/margin": gap.detach().sum()}
+        loss = loss + centering_coef * (chosen_scores + rejected_scores) ** 2
+    seen = gap.detach()
+    return (counts * loss).sum(), {
+        "train/accuracy": (counts * (seen > 0)).sum(),
+        "train/margin": (counts * seen).sum(),
+    }

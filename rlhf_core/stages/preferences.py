@@ -59,14 +59,20 @@ def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
     cut = len(prompts["train"])
     for split, groups in (("train", scored[:cut]), ("eval", scored[cut:])):
         rows, counts = label(prompts[split], groups, config, source)
-        flip_labels(rows, config.label_noise, random.Random(f"{params.run.seed} {split}"))
+        rng = random.Random(f"{params.run.seed} {split}")
+        if config.balance_length:
+            counts["unbalanced"] = len(rows)
+            rows = balance_length(rows, rng)
+            counts["unbalanced"] -= len(rows)
+        flip_labels(rows, config.label_noise, rng)
         human = human_rows(read_rows(layout.prepared_file("preferences", split)), config.max_human_pairs)
         outputs[split] = rows + human
         metrics |= _split_metrics(split, len(prompts[split]), rows, human, counts)
         if not outputs[split]:
             raise InputError(
                 f"preferences: no {split} pair: no two answers to one prompt differ by "
-                f"preferences.min_margin = {config.min_margin}, and there are no human pairs"
+                f"preferences.min_margin = {config.min_margin}, or preferences.balance_length dropped "
+                f"{counts['unbalanced']}, and there are no human pairs"
             )
     with staged_dir(layout.preferences) as out:
         for split in SPLITS:
@@ -156,6 +162,27 @@ def _row(prompt: Row, pair: Pair, source: str) -> Row:
     }
 
 
+def balance_length(rows: Sequence[Row], rng: random.Random) -> list[Row]:
+    """Rows whose chosen answer is the longer one as often as the shorter one, whatever the gap in length.
+
+    Among rows whose lengths differ by about as much (less than 20, 40, 80, ... characters) the side that is
+    more frequent loses rows at random. Most labelers like length, and a reward model learns that first
+    (Singhal et al. 2023, section 5.2, balance their data likewise).
+    """
+    bins: dict[int, tuple[list[int], list[int]]] = {}
+    kept = set()
+    for i, row in enumerate(rows):
+        gap = len(row["chosen"]) - len(row["rejected"])
+        if gap:
+            bins.setdefault((abs(gap) // 20).bit_length(), ([], []))[gap > 0].append(i)
+        else:
+            kept.add(i)
+    for shorter, longer in bins.values():
+        count = min(len(shorter), len(longer))
+        kept.update(rng.sample(shorter, count), rng.sample(longer, count))
+    return [row for i, row in enumerate(rows) if i in kept]
+
+
 def flip_labels(rows: Sequence[Row], share: float, rng: random.Random) -> None:
     """Swap the answers of `share` of the rows, as a labeler that errs would; margin stays what it claims."""
     for i in rng.sample(range(len(rows)), round(share * len(rows))):
@@ -192,6 +219,7 @@ def _split_metrics(
         f"preferences/num_flipped_{split}": sum(row["chosen_score"] < row["rejected_score"] for row in ai),
         f"preferences/num_ties_{split}": counts["ties"],
         f"preferences/num_spare_{split}": counts["spare"],
+        f"preferences/num_unbalanced_{split}": counts["unbalanced"],
         f"preferences/num_blank_answers_{split}": counts["blank_answers"],
         f"preferences/margin_{split}": sum(margins) / len(margins) if margins else math.nan,
         f"preferences/longer_chosen_{split}": sum(longer) / len(longer) if longer else math.nan,

@@ -23,7 +23,7 @@ from rlhf_core.modeling.reward import Normalisation, ScalarHead, last_response_h
 from rlhf_core.modeling.roles import Roles, open_roles
 from rlhf_core.rl.losses import pairwise_loss
 from rlhf_core.tracking import Tracker
-from rlhf_core.training import Schedule, in_micro_batches, train
+from rlhf_core.training import Schedule, Task, in_micro_batches, train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,8 +54,23 @@ SUBSETS: dict[str, Callable[[Pair], bool]] = {
 }
 
 
-class PairwiseTask:
-    """-log sigmoid(score of chosen - score of rejected), summed over pairs."""
+Ranking = tuple[Pair, ...]  # the pairs of one prompt
+
+
+def rankings(pairs: Sequence[Pair]) -> list[Ranking]:
+    """The pairs of each prompt together, in the order in which the prompts first come."""
+    groups: dict[tuple[int, ...], list[Pair]] = {}
+    for pair in pairs:
+        groups.setdefault(tuple(pair.prompt), []).append(pair)
+    return [tuple(group) for group in groups.values()]
+
+
+class PairwiseTask(Task):
+    """-log sigmoid(score of chosen - score of rejected) over rankings.
+
+    All pairs of one prompt are in one micro-batch, so each answer is scored once, and count 1 together
+    (Ouyang et al. 2022, section 3.5: 1 / C(K, 2) each), so a prompt with many answers is not overfitted.
+    """
 
     def __init__(
         self, roles: Roles, head: ScalarHead, eval_rows: Sequence[Pair], config: RewardConfig
@@ -64,40 +79,46 @@ class PairwiseTask:
         self.eval_rows = eval_rows
         self.config = config
 
-    def length(self, row: Pair) -> int:
-        return len(row)
+    def length(self, row: Ranking) -> int:
+        return max(map(len, row))
 
-    def weight(self, rows: Sequence[Pair]) -> float:
+    def weight(self, rows: Sequence[Ranking]) -> float:
         return float(len(rows))
 
-    def loss(self, rows: Sequence[Pair]) -> tuple[Tensor, dict[str, Tensor]]:
-        margins = torch.tensor([row.margin for row in rows], device=self.roles.device)
+    def loss(self, rows: Sequence[Ranking]) -> tuple[Tensor, dict[str, Tensor]]:
+        pairs = [pair for row in rows for pair in row]
+        device = self.roles.device
         return pairwise_loss(
-            *self.scores(rows),
-            margins=self.config.margin_scale * margins,
+            *self.scores(pairs),
+            weights=torch.tensor([1.0 / len(row) for row in rows for _ in row], device=device),
+            margins=self.config.margin_scale * torch.tensor([pair.margin for pair in pairs], device=device),
             label_smoothing=self.config.label_smoothing,
             centering_coef=self.config.centering_coef,
         )
 
-    def scores(self, rows: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+    def scores(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
         """Raw scores of the chosen and the rejected responses, (B,) each."""
+        sides = [(tuple(pair.prompt), tuple(pair.chosen)) for pair in pairs]
+        sides += [(tuple(pair.prompt), tuple(pair.rejected)) for pair in pairs]
+        index = {side: i for i, side in enumerate(dict.fromkeys(sides))}
         batch = make_batch(
-            [r.prompt for r in rows] * 2,
-            [r.chosen for r in rows] + [r.rejected for r in rows],
+            [prompt for prompt, _ in index],
+            [response for _, response in index],
             self.roles.tokenizer.pad_token_id,
             self.roles.device,
         )
-        scores = self.head(last_response_hidden(self.roles.hidden(ROLE, batch.input_ids), batch))
-        chosen, rejected = scores.chunk(2)
+        scores = self.head(last_response_hidden(self.roles.hidden(ROLE, *batch.inputs), batch))
+        chosen, rejected = scores[[index[side] for side in sides]].chunk(2)
         return chosen, rejected
 
     @torch.no_grad()
-    def all_scores(self, rows: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-        """Raw scores in the order of `rows`."""
-        index = {id(row): i for i, row in enumerate(rows)}
-        chosen, rejected = torch.zeros(len(rows)), torch.zeros(len(rows))
-        for part in in_micro_batches(rows, self.config.micro_batch_size, len):
-            where = [index[id(row)] for row in part]
+    def all_scores(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+        """Raw scores in the order of `pairs`."""
+        index = {id(pair): i for i, pair in enumerate(pairs)}
+        chosen, rejected = torch.zeros(len(pairs)), torch.zeros(len(pairs))
+        for rows in in_micro_batches(rankings(pairs), self.config.micro_batch_size, self.length):
+            part = [pair for row in rows for pair in row]
+            where = [index[id(pair)] for pair in part]
             a, b = self.scores(part)
             chosen[where], rejected[where] = a.cpu(), b.cpu()
         return chosen, rejected
@@ -131,14 +152,16 @@ def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
     }
     checkpoints = Checkpoints(layout.run_dir("reward") / "checkpoints", origin)
     parameters = [*roles.parameters(ROLE), *head.parameters()]
-    schedule = make_schedule(config, len(train_rows))
-    train(task, train_rows, parameters, schedule, checkpoints, tracker, seed=params.run.seed)
+    rows = rankings(train_rows)
+    schedule = make_schedule(config, len(rows))
+    train(task, rows, parameters, schedule, checkpoints, tracker, seed=params.run.seed)
     metrics = evaluate_reward_model(task, eval_rows, params, tracker)
     normalisation = fit_normalisation(task, train_rows)
     _save(roles, head, normalisation, params, layout)
     checkpoints.clear()
     return {
         "reward/num_train_pairs": len(train_rows),
+        "reward/num_train_prompts": len(rows),
         "reward/num_too_long": too_long,
         "reward/score_mean": normalisation.mean,
         "reward/score_std": normalisation.std,

@@ -162,6 +162,19 @@ def test_a_margin_keeps_the_gradient_on_pairs_that_are_already_right():
     assert chosen.grad[1] < chosen.grad[0] < 0
 
 
+def test_pairwise_loss_counts_each_pair_its_weight():
+    chosen, rejected = torch.tensor([1.0, 0.5, -2.0]), torch.tensor([0.0, 1.5, 3.0])
+    weights = torch.tensor([0.5, 0.25, 2.0])
+    loss, stats = pairwise_loss(chosen, rejected, weights=weights, centering_coef=0.1, label_smoothing=0.1)
+    parts = [
+        pairwise_loss(c[None], r[None], centering_coef=0.1, label_smoothing=0.1)
+        for c, r in zip(chosen, rejected)
+    ]
+    assert loss.item() == pytest.approx(sum(w * p.item() for w, (p, _) in zip(weights.tolist(), parts)))
+    assert stats["train/accuracy"].item() == 0.5  # the first pair alone is right
+    assert stats["train/margin"].item() == pytest.approx(0.5 * 1.0 - 0.25 * 1.0 - 2.0 * 5.0)
+
+
 def test_pairwise_loss_does_not_change_when_all_scores_shift():
     chosen, rejected = torch.tensor([0.3, -1.0]), torch.tensor([0.1, 0.5])
     torch.testing.assert_close(

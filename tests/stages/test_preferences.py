@@ -3,12 +3,14 @@ import random
 import shutil
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rlhf_core.data.rows import read_rows, write_rows
 from rlhf_core.errors import InputError
 from rlhf_core.layout import Layout
 from rlhf_core.stages import preferences
-from rlhf_core.stages.preferences import Pair, all_pairs, flip_labels, human_rows, label
+from rlhf_core.stages.preferences import Pair, all_pairs, balance_length, flip_labels, human_rows, label
 from rlhf_core.tracking import Tracker
 
 WORDS = ["good", "bad", "sea", "sun", "rain", "book", "walk", "day", "love", "hate"]
@@ -42,6 +44,7 @@ def small(params):
         "labeler_target": "length_rewards:by_length",
         "max_human_pairs": 2,
         "label_noise": 0.2,
+        "balance_length": False,  # this labeler likes nothing but length
         "sampling": sampling,
     }
     return params.model_copy(
@@ -96,6 +99,22 @@ def test_equal_scores_are_ties_even_without_a_margin(params):
     rows, counts = label([prompt_row("p", 1)], [[("a", 1.0), ("b", 1.0)]], config, "ai:vader")
     assert rows == []
     assert counts["ties"] == 1
+
+
+@given(st.lists(st.tuples(st.integers(0, 200), st.integers(0, 200)), max_size=40), st.integers(0, 9))
+def test_balanced_pairs_tell_nothing_by_length(lengths, seed):
+    rows = [{"chosen": "c" * a, "rejected": "r" * b, "row": i} for i, (a, b) in enumerate(lengths)]
+    kept = balance_length(rows, random.Random(seed))
+    assert [row["row"] for row in kept] == sorted(row["row"] for row in kept)
+    assert kept == [row for row in rows if row in kept]
+    gaps = [len(row["chosen"]) - len(row["rejected"]) for row in kept]
+    for low, high in ((1, 20), (20, 40), (40, 80), (80, 160), (160, 201)):
+        inside = [gap for gap in gaps if low <= abs(gap) < high]
+        assert sum(gap > 0 for gap in inside) == sum(gap < 0 for gap in inside)
+        all_inside = [a - b for a, b in lengths if low <= abs(a - b) < high]
+        fewer = min(sum(gap > 0 for gap in all_inside), sum(gap < 0 for gap in all_inside))
+        assert len(inside) == 2 * fewer  # nothing more is dropped than has to be
+    assert sum(gap == 0 for gap in gaps) == sum(a == b for a, b in lengths)
 
 
 def test_flips_are_the_share_asked_for():
@@ -162,6 +181,12 @@ def test_stage_says_when_nothing_can_be_paired(small, layout):
     with pytest.raises(InputError, match=r"no train pair.*min_margin = 0\.1"):
         run(ties, layout)
     assert not layout.preferences.exists()
+
+
+def test_balance_that_leaves_nothing_is_named(small, layout):
+    balanced = small.preferences.model_copy(update={"balance_length": True, "max_human_pairs": 0})
+    with pytest.raises(InputError, match=r"no train pair.*preferences\.balance_length dropped [1-9]"):
+        run(small.model_copy(update={"preferences": balanced}), layout)
 
 
 def test_stage_needs_prompts(small, layout):
