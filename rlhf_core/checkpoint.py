@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_core import ranks
 from rlhf_core.atomic import staged_dir
 
 KEEP = 2
@@ -39,6 +40,8 @@ class Checkpoints:
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         from safetensors.torch import save_file
 
+        if not ranks.is_first():
+            return
         final = self.directory / f"step-{step:08d}"
         with staged_dir(final) as out:
             save_file(
@@ -60,7 +63,8 @@ class Checkpoints:
         return None
 
     def clear(self) -> None:
-        shutil.rmtree(self.directory, ignore_errors=True)
+        if ranks.is_first():
+            shutil.rmtree(self.directory, ignore_errors=True)
 
     def _finished(self) -> list[Path]:
         return sorted(self.directory.glob("step-*"))

@@ -18,9 +18,9 @@ import typer
 
 from rlhf_core.commands.chat import chat
 from rlhf_core.commands.data import app as data_app
-from rlhf_core.errors import RLHFError
+from rlhf_core.errors import LostRankError, RLHFError
 from rlhf_core.layout import Layout
-from rlhf_core.stages import STAGES
+from rlhf_core.stages import STAGES, TRAININGS
 
 if TYPE_CHECKING:
     from rlhf_core.config import Params
@@ -79,6 +79,10 @@ def _stage_command(stage: str) -> Callable[[], None]:
         params = load_params(layout.params)
         if not _names_hub(params):
             os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        if stage in TRAININGS and params.run.num_processes > 1 and "RANK" not in os.environ:
+            from rlhf_core.launch import in_processes
+
+            in_processes(stage, params.run.num_processes, layout)
         run_stage(stage, params, layout)
 
     command.__name__ = stage
@@ -149,11 +153,13 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _on_terminate)
     try:
         app(prog_name="rlhf")
+    except LostRankError as error:  # whoever started the processes says which one died
+        sys.exit(error.exit_code)
     except RLHFError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except SystemExit as ended:
-        if ended.code == INTERRUPTED:  # what Typer makes of a KeyboardInterrupt
+        if ended.code == INTERRUPTED and "RANK" not in os.environ:  # what Typer makes of a KeyboardInterrupt
             print("\ninterrupted; run the same command again to go on", file=sys.stderr)
         raise
     except OSError as error:

@@ -38,6 +38,7 @@ class RunConfig(Section):
     seed: NonNegativeInt
     device: Literal["auto", "cpu", "cuda"]
     precision: Literal["auto", "float32", "bfloat16"]
+    num_processes: PositiveInt
 
 
 class LoRAConfig(Section):
@@ -265,6 +266,8 @@ class PPOConfig(TrainingSection):
     missing_eos_penalty: NonNegativeFloat
     length_penalty: NonNegativeFloat
     repetition_penalty: NonNegativeFloat
+    score_scaling: Literal["none", "running", "batch"]
+    score_clip: NonNegativeFloat
     reward_function: str = Field(pattern=r"^$|^[\w.]+:\w+$")
     checkpoint_every: PositiveInt
     sampling: SamplingConfig

@@ -19,3 +19,9 @@ class DataRejected(InputError):
     """The data failed a critical expectation; training must not start."""
 
     exit_code = 3
+
+
+class LostRankError(RLHFError):
+    """Another process of this training is gone."""
+
+    exit_code = 5

@@ -28,6 +28,7 @@ class Generation:
     text: str
     token_ids: tuple[int, ...]
     finished: bool
+    logprobs: tuple[float, ...] = ()  # of each token under the distribution it was drawn from
 
 
 def filter_logits(logits: Tensor, sampling: SamplingConfig) -> Tensor:
@@ -45,12 +46,17 @@ def filter_logits(logits: Tensor, sampling: SamplingConfig) -> Tensor:
     return logits
 
 
-def draw(logits: Tensor, uniforms: Tensor, sampling: SamplingConfig) -> Tensor:
-    """Sample one token per row by inverting the distribution function; (B, V), (B,) in [0, 1) -> (B,)."""
-    cumulative = filter_logits(logits, sampling).softmax(dim=-1).double().cumsum(dim=-1)
+def draw(logits: Tensor, uniforms: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
+    """Sample one token per row by inverting the distribution function, and give its log-probability.
+
+    logits (B, V), uniforms (B,) in [0, 1) -> (B,) int64 and (B,) float32.
+    """
+    probs = filter_logits(logits, sampling).softmax(dim=-1)
+    cumulative = probs.double().cumsum(dim=-1)
     # Scaled by the total, since a sum of rounded probabilities is not exactly 1.
     threshold = uniforms.double()[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+    tokens = torch.searchsorted(cumulative, threshold, right=True).clamp(max=logits.shape[-1] - 1)
+    return tokens.squeeze(-1), probs.gather(-1, tokens).squeeze(-1).log()
 
 
 @torch.inference_mode()
@@ -62,27 +68,30 @@ def generate(
     *,
     samples_per_prompt: int = 1,
     batch_size: int = 64,
+    only: Sequence[int] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[list[Generation]]:
     """Answer each conversation `samples_per_prompt` times; results in the order given.
 
-    `batch_size` bounds the sequences decoded at once; prompts of similar length go together.
+    `batch_size` bounds the sequences decoded at once; prompts of similar length go together. With `only`
+    just those conversations are answered, with the texts that a call for all would give them.
     """
+    wanted = range(len(conversations)) if only is None else only
     prompts = [encode_prompt(tokenizer, messages) for messages in conversations]
     table = _uniforms(len(prompts) * samples_per_prompt, sampling)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    order = sorted(wanted, key=lambda i: len(prompts[i]))
     per_batch = max(1, batch_size // samples_per_prompt)
     results: dict[int, list[Generation]] = {}
     for start in range(0, len(order), per_batch):
         rows = order[start : start + per_batch]
         uniforms = torch.cat([table[i * samples_per_prompt : (i + 1) * samples_per_prompt] for i in rows])
-        tokens = _decode(model, [prompts[i] for i in rows], samples_per_prompt, uniforms, sampling, tokenizer)
+        drawn = _decode(model, [prompts[i] for i in rows], samples_per_prompt, uniforms, sampling, tokenizer)
         for j, i in enumerate(rows):
-            mine = tokens[j * samples_per_prompt : (j + 1) * samples_per_prompt]
-            results[i] = [_finish(tokenizer, ids) for ids in mine]
+            mine = drawn[j * samples_per_prompt : (j + 1) * samples_per_prompt]
+            results[i] = [_finish(tokenizer, tokens) for tokens in mine]
         if on_progress:
-            on_progress(len(results), len(prompts))
-    return [results[i] for i in range(len(prompts))]
+            on_progress(len(results), len(order))
+    return [results[i] for i in wanted]
 
 
 def _uniforms(rows: int, sampling: SamplingConfig) -> Tensor:
@@ -91,10 +100,11 @@ def _uniforms(rows: int, sampling: SamplingConfig) -> Tensor:
     return torch.rand(rows, sampling.max_new_tokens, generator=generator)
 
 
-def _finish(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> Generation:
+def _finish(tokenizer: PreTrainedTokenizerBase, drawn: list[tuple[int, float]]) -> Generation:
+    ids = [token for token, _ in drawn]
     finished = bool(ids) and ids[-1] == tokenizer.eos_token_id
     text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-    return Generation(text=text, token_ids=tuple(ids), finished=finished)
+    return Generation(text, tuple(ids), finished, tuple(logprob for _, logprob in drawn))
 
 
 def _decode(
@@ -104,8 +114,8 @@ def _decode(
     uniforms: Tensor,
     sampling: SamplingConfig,
     tokenizer: PreTrainedTokenizerBase,
-) -> list[list[int]]:
-    """Token ids of len(prompts) * samples_per_prompt answers, each cut after its EOS."""
+) -> list[list[tuple[int, float]]]:
+    """Tokens of len(prompts) * samples_per_prompt answers with log-probabilities, each cut after its EOS."""
     device = model.device
     uniforms = uniforms.to(device)
     input_ids, mask = _left_pad(prompts, tokenizer.pad_token_id)
@@ -116,12 +126,12 @@ def _decode(
         logits = logits.repeat_interleave(samples_per_prompt, dim=0)
         mask = mask.repeat_interleave(samples_per_prompt, dim=0)
 
-    answers: list[list[int]] = [[] for _ in range(len(uniforms))]
+    answers: list[list[tuple[int, float]]] = [[] for _ in range(len(uniforms))]
     live = torch.arange(len(uniforms), device=device)  # rows of `answers` that the batch still holds
     for step in range(sampling.max_new_tokens):
-        tokens = draw(logits, uniforms[live, step], sampling)
-        for row, token in zip(live.tolist(), tokens.tolist(), strict=True):
-            answers[row].append(token)
+        tokens, logprobs = draw(logits, uniforms[live, step], sampling)
+        for row, *drawn in zip(live.tolist(), tokens.tolist(), logprobs.tolist(), strict=True):
+            answers[row].append((drawn[0], drawn[1]))
         going = tokens != tokenizer.eos_token_id
         if step == sampling.max_new_tokens - 1 or not bool(going.any()):
             break
@@ -181,7 +191,7 @@ def stream(
     shown = ""
     for step in range(sampling.max_new_tokens):
         with torch.inference_mode():
-            token = draw(logits, uniforms[step : step + 1], sampling)
+            token, _ = draw(logits, uniforms[step : step + 1], sampling)
         if int(token) == tokenizer.eos_token_id:
             break
         ids.append(int(token))

@@ -57,6 +57,11 @@ class Layout:
         return self.root / "reports" / stage / "history.csv"
 
     @property
+    def pair_scores(self) -> Path:
+        """What the reward model gives to the held-out pairs."""
+        return self.root / "reports" / "reward" / "pairs.csv"
+
+    @property
     def state(self) -> Path:
         """Ignored by git and DVC: locks, logs, checkpoints in progress, times."""
         return self.root / ".rlhf"

@@ -46,5 +46,6 @@ class SkipGuard:
         if self._in_a_row >= MOST_SKIPPED:
             raise DivergedError(
                 f"{where}: {self._in_a_row} steps in a row had a loss or gradient that is not finite; lower "
-                "the learning rate, or set run.precision to float32"
+                "the learning rate, or set run.precision to float32; skipped_batch.table.json in "
+                ".rlhf/runs/STAGE holds what the last one saw"
             )

@@ -107,3 +107,24 @@ class Tracker:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+class SilentTracker(Tracker):
+    """Of a rank that does not write: keeps the history, which training reads, and nothing else."""
+
+    def __init__(self, stage: str, run_dir: Path) -> None:
+        self.stage, self.run_dir = stage, run_dir
+        self.history, self.perf, self.warnings = [], {}, {}
+        self._writer = self._bar = None
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self.history.append({"step": step, **{name: float(value) for name, value in metrics.items()}})
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        pass
+
+    def warn(self, name: str, text: str) -> None:
+        pass
+
+    def progress(self, done: int, total: int, note: str = "") -> None:
+        pass

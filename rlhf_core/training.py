@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from rlhf_core import ranks
 from rlhf_core.checkpoint import (
     Checkpoints,
     load_optimizer_tensors,
@@ -31,6 +32,7 @@ class Task(Protocol):
 
     def start_step(self, step: int) -> None:
         """Called before each optimizer step: where randomness starts that a resume has to repeat."""
+        return None
 
     def length(self, row: Any) -> int:
         """Tokens of a row; rows of similar length share a micro-batch."""
@@ -43,6 +45,9 @@ class Task(Protocol):
 
     def evaluate(self) -> dict[str, float]:
         """Metrics on held-out rows."""
+
+    def describe(self, row: Any) -> dict[str, Any]:
+        """A row as a person can read it."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,8 @@ def train(
     for step in range(first, schedule.num_steps):
         batch = [rows[i] for i in step_rows(len(rows), schedule.batch_size, step, seed)]
         metrics = train_step(task, batch, parameters, optimizer, schedule, step)
+        if metrics["train/skipped_steps"]:
+            tracker.table("skipped_batch", [task.describe(row) for row in batch])
         guard.note(metrics["train/skipped_steps"], f"{tracker.stage}, step {step + 1}")
         if (step + 1) % schedule.eval_every == 0 or step + 1 == schedule.num_steps:
             evaluation = task.evaluate()
@@ -167,17 +174,17 @@ def train_step(
     batch."""
     task.start_step(step)
     weight = task.weight(batch)
-    sums: list[Mapping[str, Tensor]] = []
-    ordered = sorted(batch, key=task.length)
-    for start in range(0, len(ordered), schedule.micro_batch_size):
-        loss, stats = task.loss(ordered[start : start + schedule.micro_batch_size])
+    sums: list[dict[str, Tensor]] = []
+    for rows in ranks.share(in_micro_batches(batch, schedule.micro_batch_size, task.length)):
+        loss, stats = task.loss(rows)
         (loss / weight).backward()
         sums.append(stats | {"train/loss": loss.detach()})
+    ranks.sum_gradients(parameters)
     learning_rate = schedule.learning_rate_at(step)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     grad_norm, taken = step_if_finite(optimizer, parameters, schedule.max_grad_norm)
-    metrics = {name: float(sum(s[name] for s in sums)) / weight for name in sums[0]}
+    metrics = {name: value / weight for name, value in ranks.total(sums).items()}
     return metrics | {
         "train/grad_norm": grad_norm,
         "train/learning_rate": learning_rate,

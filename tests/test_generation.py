@@ -8,7 +8,7 @@ from rlhf_core.generation import draw, filter_logits, generate, stream
 from rlhf_core.modeling.encoding import encode_prompt
 from rlhf_core.modeling.loading import load_policy
 
-RUN = RunConfig(seed=0, device="cpu", precision="float32")
+RUN = RunConfig(seed=0, device="cpu", num_processes=1, precision="float32")
 CHATS = [
     [{"role": "user", "content": text}] for text in ("hello", "how are you today my friend?", "no", "rain")
 ]
@@ -71,7 +71,7 @@ def test_stream_gives_the_text_of_generate(loaded):
 def test_draw_follows_the_distribution():
     logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log().expand(20_000, 4)
     uniforms = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
-    shares = torch.bincount(draw(logits, uniforms, sampling()), minlength=4) / 20_000
+    shares = torch.bincount(draw(logits, uniforms, sampling())[0], minlength=4) / 20_000
     # 5 standard errors of the largest share: 5 * sqrt(.25 / 20000)
     torch.testing.assert_close(shares, torch.tensor([0.5, 0.25, 0.125, 0.125]), atol=0.018, rtol=0)
 
@@ -86,7 +86,7 @@ def test_draw_follows_the_distribution():
 def test_draw_takes_only_tokens_that_the_filters_keep(uniform, top_k, top_p, seed):
     logits = 3 * torch.randn(1, 6, generator=torch.Generator().manual_seed(seed))
     config = sampling(top_k=top_k, top_p=top_p)
-    token = int(draw(logits, torch.tensor([uniform]), config))
+    token = int(draw(logits, torch.tensor([uniform]), config)[0])
     kept = torch.isfinite(filter_logits(logits, config))[0]
     assert kept[token]
     assert kept[logits.argmax()]

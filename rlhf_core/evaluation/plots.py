@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.evaluation.results import MODELS
+from rlhf_core.evaluation.statistics import wilson
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,15 +43,17 @@ THEMES = {
 LABELS = {"base": "base", "sft": "SFT", "policy": "policy"}
 SIZE = (6.4, 3.8)  # inches
 DPI = 130
+CALIBRATION_BINS = 5
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What the plots are drawn from: results.json, samples.jsonl and the histories of the trainings."""
+    """What the plots are drawn from: results.json, samples.jsonl, histories, and the scored pairs."""
 
     tree: Tree
     samples: Sequence[Tree]
     histories: Mapping[str, History]
+    pairs: Sequence[Mapping[str, float]] = ()  # chosen, rejected, probability of each held-out pair
 
 
 Plot = Callable[["Axes", Figures, dict[str, str]], bool]  # False: there are no numbers for it
@@ -69,6 +72,15 @@ def read_history(path: Path) -> History:
                 if math.isfinite(value):
                     history.setdefault(name, []).append((step, value))
     return history
+
+
+def read_pairs(path: Path) -> list[dict[str, float]]:
+    """The held-out pairs as the reward model scored them; an absent file gives none."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        names = ("chosen", "rejected", "probability")
+        return [{name: float(row[name]) for name in names} for row in csv.DictReader(file)]
 
 
 def draw_plots(figures: Figures, theme: str) -> dict[str, bytes]:
@@ -256,6 +268,46 @@ def _training(stage: str, title: str, metrics: Mapping[str, str], ylabel: str) -
     return plot
 
 
+def _reward_calibration(axes: Axes, figures: Figures, colors: dict[str, str]) -> bool:
+    """How often the answer held to be better was the chosen one, by how sure the reward model was."""
+    if not figures.pairs:
+        return False
+    bins: dict[int, list[tuple[float, bool]]] = {}
+    for pair in figures.pairs:
+        confidence = max(pair["probability"], 1.0 - pair["probability"])
+        which = min(int((confidence - 0.5) * 2 * CALIBRATION_BINS), CALIBRATION_BINS - 1)
+        bins.setdefault(which, []).append((confidence, pair["probability"] > 0.5))
+    axes.plot([0.5, 1.0], [0.5, 1.0], ls="--", lw=1.2, color=colors["text"], label="as sure as right")
+    for i, which in enumerate(sorted(bins)):
+        confidence = sum(c for c, _ in bins[which]) / len(bins[which])
+        right = sum(r for _, r in bins[which])
+        interval = wilson(right, len(bins[which]), figures.tree["confidence"])
+        y = right / len(bins[which])
+        errors = [[max(0.0, y - interval.low)], [max(0.0, interval.high - y)]]
+        label = "held-out pairs" if i == 0 else None
+        axes.errorbar(confidence, y, errors, fmt="o", ms=6, capsize=4, c=colors["policy"], label=label)
+        axes.annotate(str(len(bins[which])), (confidence, y), (7, -3), textcoords="offset points")
+    _title(axes, "Reward model: confidence and accuracy", "probability of its choice", "share right")
+    axes.set_ylim(0.0, 1.05)
+    axes.legend(loc="lower right")
+    return True
+
+
+def _reward_scores(axes: Axes, figures: Figures, colors: dict[str, str]) -> bool:
+    import numpy as np
+
+    if not figures.pairs:
+        return False
+    values = {side: [pair[side] for pair in figures.pairs] for side in ("rejected", "chosen")}
+    edges = np.histogram_bin_edges([v for column in values.values() for v in column], bins=24)
+    for side, color in (("rejected", colors["sft"]), ("chosen", colors["policy"])):
+        axes.hist(values[side], bins=edges, color=color, alpha=0.18)
+        axes.hist(values[side], bins=edges, histtype="step", color=color, lw=1.8, label=side)
+    _title(axes, "Scores of held-out pairs", "normalised score", "answers")
+    axes.legend()
+    return True
+
+
 _LOSS = {"train/loss": "training", "eval/loss": "held out"}
 _ACCURACY = {"train/accuracy": "training", "eval/accuracy": "held out"}
 PLOTS: dict[str, Plot] = {
@@ -272,4 +324,6 @@ PLOTS: dict[str, Plot] = {
     "gold_against_kl": _against_kl,
     "sft_loss": _training("sft", "SFT loss", _LOSS, "nats per token"),
     "reward_accuracy": _training("reward", "Reward model: pairs ordered right", _ACCURACY, "share of pairs"),
+    "reward_calibration": _reward_calibration,
+    "reward_scores": _reward_scores,
 }

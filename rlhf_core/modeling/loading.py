@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from rlhf_core import ranks
 from rlhf_core.config import RunConfig
 from rlhf_core.errors import InputError
 
@@ -22,9 +23,12 @@ def resolve_device(run: RunConfig) -> torch.device:
     """Raises InputError when a GPU is asked for and there is none."""
     if run.device == "cuda" and not torch.cuda.is_available():
         raise InputError("run.device = 'cuda': torch finds no GPU here; use auto or cpu")
-    if run.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(run.device)
+    kind = run.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda" and ranks.count() > 1:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device(kind)
 
 
 def resolve_dtype(run: RunConfig, device: torch.device) -> torch.dtype:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 History = Sequence[Mapping[str, float]]
 
 DEAD_CRITIC_UPDATES = 4
+MOST_LOGPROB_GAP = 0.2  # nats per token; bfloat16 alone makes some hundredths
 
 
 def alarms(history: History, kl_budget: float) -> dict[str, str]:
@@ -41,6 +42,11 @@ def alarms(history: History, kl_budget: float) -> dict[str, str]:
         found["entropy_collapses"] = (
             f"entropy fell from {first['objective/entropy']:.2f} to {last['objective/entropy']:.2f} nats a "
             "token; raise ppo.entropy_coef or ppo.kl_coef"
+        )
+    if last["rollout/logprob_gap"] > MOST_LOGPROB_GAP:
+        found["rollout_differs"] = (
+            f"generation and training differ by {last['rollout/logprob_gap']:.2f} nats a token in what they "
+            "hold likely; set run.precision to float32"
         )
     explained = [row["value/explained_variance"] for row in history if "value/explained_variance" in row]
     if len(explained) > DEAD_CRITIC_UPDATES and max(explained[-DEAD_CRITIC_UPDATES:]) < 0.0:

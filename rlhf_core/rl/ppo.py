@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from rlhf_core import ranks
 from rlhf_core.config import PPOConfig
 from rlhf_core.evaluation.text_metrics import repeated_share
 from rlhf_core.generation import Generation, generate
@@ -24,7 +25,7 @@ from rlhf_core.optim import step_if_finite
 from rlhf_core.rl.advantages import gae, grpo, rewards_to_go, rloo, token_rewards
 from rlhf_core.rl.kl import kl_estimate
 from rlhf_core.rl.losses import policy_loss, value_loss
-from rlhf_core.rl.rewards import Messages, RewardFunction, reward_parts
+from rlhf_core.rl.rewards import Messages, RewardFunction, ScoreShaper, reward_parts
 from rlhf_core.rl.tensor_ops import masked_mean, masked_sum, masked_var, whiten
 
 
@@ -64,6 +65,9 @@ class Actors:
         return scatter_to_mask(self.value_head(hidden), batch.response_mask)
 
 
+_TENSORS = ("response_mask", "logprobs", "ref_logprobs", "entropy", "values", "advantages", "returns")
+
+
 @dataclass(frozen=True)
 class Rollout:
     """Episodes and all that training on them needs. B episodes, R longest response; zero outside the mask."""
@@ -82,6 +86,12 @@ class Rollout:
     returns: Tensor  # (B, R)
 
     @property
+    def logprob_gap(self) -> float:
+        """Mean distance between the log-probabilities of generation and of training, in nats per token."""
+        drawn = torch.tensor([logprob for answer in self.answers for logprob in answer.logprobs])
+        return (self.logprobs[self.response_mask].cpu() - drawn).abs().mean().item()
+
+    @property
     def kl(self) -> Tensor:
         """KL to the reference by episode, (B,): the k1 estimate summed over tokens, in nats."""
         return (self.logprobs - self.ref_logprobs).masked_fill(~self.response_mask, 0.0).sum(dim=1)
@@ -90,7 +100,6 @@ class Rollout:
         """The episodes `rows`, trimmed to their longest response."""
         index = torch.tensor(list(rows), device=self.logprobs.device)
         longest = int(self.response_mask[index].sum(dim=1).max())
-        fields = ("response_mask", "logprobs", "ref_logprobs", "entropy", "values", "advantages", "returns")
         return replace(
             self,
             conversations=[self.conversations[i] for i in rows],
@@ -98,7 +107,7 @@ class Rollout:
             prompts=[self.prompts[i] for i in rows],
             parts={name: part[index] for name, part in self.parts.items()},
             scores=self.scores[index],
-            **{name: getattr(self, name)[index, :longest] for name in fields},
+            **{name: getattr(self, name)[index, :longest] for name in _TENSORS},
         )
 
     def micro_batch_rows(self, size: int) -> list[list[int]]:
@@ -108,6 +117,19 @@ class Rollout:
 
     def micro_batches(self, size: int) -> list[Rollout]:
         return [self.select(rows) for rows in self.micro_batch_rows(size)]
+
+    def to(self, device: torch.device) -> Rollout:
+        return replace(
+            self,
+            parts={name: part.to(device) for name, part in self.parts.items()},
+            scores=self.scores.to(device),
+            **{name: getattr(self, name).to(device) for name in _TENSORS},
+        )
+
+    def by_prompt(self, samples_per_prompt: int) -> list[Rollout]:
+        """The episodes of each prompt on their own, in order."""
+        starts = range(0, len(self.answers), samples_per_prompt)
+        return [self.select(range(start, start + samples_per_prompt)) for start in starts]
 
     def batch(self, pad_token_id: int) -> TokenBatch:
         answers = [list(answer.token_ids) for answer in self.answers]
@@ -121,11 +143,24 @@ def collect(
     config: PPOConfig,
     seed: int,
     kl_coef: float | None = None,
+    shape: ScoreShaper | None = None,
 ) -> Rollout:
     """Sample `samples_per_prompt` answers to each conversation, score them, and estimate advantages.
 
-    `kl_coef` is the price of KL now, when it is not the one in `config`.
+    `kl_coef` is the price of KL now, when it is not the one in `config`; `shape` what scores count.
     """
+    price = config.kl_coef if kl_coef is None else kl_coef
+    own = ranks.share(range(len(conversations)))
+    rollout = _sample(actors, conversations, own, config, seed) if own else None
+    parts = rollout.to(torch.device("cpu")).by_prompt(config.samples_per_prompt) if rollout else []
+    rollout = merge(ranks.gather(parts)).to(actors.roles.device)
+    return with_advantages(rollout, config, price, (shape or ScoreShaper(config))(rollout.scores))
+
+
+def _sample(
+    actors: Actors, conversations: Sequence[Messages], own: Sequence[int], config: PPOConfig, seed: int
+) -> Rollout:
+    """The episodes of the conversations `own`, with everything but advantages."""
     sampling = config.sampling.model_copy(update={"seed": seed})
     tokenizer = actors.roles.tokenizer
     with actors.roles.using("policy") as model:
@@ -136,8 +171,9 @@ def collect(
             sampling,
             samples_per_prompt=config.samples_per_prompt,
             batch_size=config.rollout_batch_size,
+            only=own,
         )
-    repeated = [messages for messages in conversations for _ in range(config.samples_per_prompt)]
+    repeated = [conversations[i] for i in own for _ in range(config.samples_per_prompt)]
     answers = [answer for group in grouped for answer in group]
     prompts = [encode_prompt(tokenizer, messages) for messages in repeated]
 
@@ -153,11 +189,27 @@ def collect(
         **dict.fromkeys(_TENSORS, blank),
     )
     rollout = replace(rollout, response_mask=_mask(answers, actors.roles.device))
-    price = config.kl_coef if kl_coef is None else kl_coef
-    return with_advantages(_with_forwards(actors, rollout, config), config, price)
+    return _with_forwards(actors, rollout, config)
 
 
-_TENSORS = ("response_mask", "logprobs", "ref_logprobs", "entropy", "values", "advantages", "returns")
+def merge(parts: Sequence[Rollout]) -> Rollout:
+    """One rollout of all episodes, in order, padded to the longest response."""
+    if len(parts) == 1:
+        return parts[0]
+    longest = max(part.response_mask.shape[1] for part in parts)
+
+    def joined(name: str) -> Tensor:
+        tensors = [getattr(part, name) for part in parts]
+        return torch.cat([nn.functional.pad(t, (0, longest - t.shape[1])) for t in tensors])
+
+    return Rollout(
+        conversations=[messages for part in parts for messages in part.conversations],
+        answers=[answer for part in parts for answer in part.answers],
+        prompts=[prompt for part in parts for prompt in part.prompts],
+        parts={name: torch.cat([part.parts[name] for part in parts]) for name in parts[0].parts},
+        scores=torch.cat([part.scores for part in parts]),
+        **{name: joined(name) for name in _TENSORS},
+    )
 
 
 def _mask(answers: Sequence[Generation], device: torch.device) -> Tensor:
@@ -188,12 +240,18 @@ def _with_forwards(actors: Actors, rollout: Rollout, config: PPOConfig) -> Rollo
     return replace(rollout, **filled)
 
 
-def with_advantages(rollout: Rollout, config: PPOConfig, kl_coef: float) -> Rollout:
-    """Fill in advantages and, for a critic, returns; whitened over the whole batch if the method does."""
+def with_advantages(
+    rollout: Rollout, config: PPOConfig, kl_coef: float, scores: Tensor | None = None
+) -> Rollout:
+    """Fill in advantages and, for a critic, returns; whitened over the whole batch if the method does.
+
+    `scores` (B,) are what counts, when it is not `rollout.scores`.
+    """
+    scores = rollout.scores if scores is None else scores
     mask = rollout.response_mask
     kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, config.kl_estimator)
     in_reward = kl_coef if config.kl_in == "reward" else 0.0
-    rewards = token_rewards(rollout.scores, kl, mask, kl_coef=in_reward)
+    rewards = token_rewards(scores, kl, mask, kl_coef=in_reward)
     returns = torch.zeros_like(rewards)
     if config.advantages == "gae":
         advantages, returns = gae(
@@ -219,7 +277,7 @@ def ppo_step(
     """Take one step of actor and critic, as far as they have an optimizer; return per-token metrics."""
     num_tokens = minibatch.response_mask.sum()
     sums: list[dict[str, Tensor]] = []
-    for part in minibatch.micro_batches(config.micro_batch_size):
+    for part in ranks.share(minibatch.micro_batches(config.micro_batch_size)):
         batch = part.batch(actors.roles.tokenizer.pad_token_id)
         mask = part.response_mask
         stats: dict[str, Tensor] = {}
@@ -239,9 +297,10 @@ def ppo_step(
         if optimizer is None:
             continue
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        ranks.sum_gradients(parameters)
         norm, taken = step_if_finite(optimizer, parameters, config.max_grad_norm)
         norms |= {f"{name}/grad_norm": norm, f"{name}/skipped_steps": float(not taken)}
-    return {name: float(sum(s[name] for s in sums) / num_tokens) for name in sums[0]} | norms
+    return {name: value / int(num_tokens) for name, value in ranks.total(sums).items()} | norms
 
 
 def _policy_backward(
@@ -335,6 +394,7 @@ def rollout_metrics(rollout: Rollout, config: PPOConfig, kl_coef: float | None =
         "objective/entropy": masked_mean(rollout.entropy, mask).item(),
         "rollout/response_length": mask.sum(dim=1).float().mean().item(),
         "rollout/eos_rate": finished.mean().item(),
+        "rollout/logprob_gap": rollout.logprob_gap,
         "rollout/repeated_4": repeated_share([answer.text for answer in rollout.answers]),
         "rollout/tokens": masked_sum(torch.ones_like(rollout.logprobs), mask).item(),
         **value_metrics,

@@ -27,6 +27,41 @@ class RewardFunction(Protocol):
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]: ...
 
 
+class ScoreShaper:
+    """Scales and clips the scores before they become rewards; the scores that are logged stay as they are.
+
+    `running` divides by the standard deviation of all scores so far, so the price of KL keeps its meaning
+    while scores grow; `batch` makes each rollout's scores mean 0 and deviation 1.
+    """
+
+    def __init__(self, config: PPOConfig) -> None:
+        self._scaling, self._clip = config.score_scaling, config.score_clip
+        self.count, self.mean, self.square = 0, 0.0, 0.0  # square: summed squared distance from the mean
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """(B,) -> (B,)."""
+        if self._scaling == "running":
+            self._note(scores.double())
+            scores = scores / max((self.square / self.count) ** 0.5, 1e-8)
+        elif self._scaling == "batch":
+            scores = (scores - scores.mean()) / (scores.std(unbiased=False) + 1e-8)
+        return scores.clamp(-self._clip, self._clip) if self._clip > 0.0 else scores
+
+    def _note(self, scores: Tensor) -> None:
+        """Add to the moments (Chan et al. 1979)."""
+        count, mean = len(scores), scores.mean().item()
+        total, apart = self.count + count, mean - self.mean
+        self.square += scores.var(unbiased=False).item() * count + apart**2 * self.count * count / total
+        self.mean += apart * count / total
+        self.count = total
+
+    def state(self) -> list[float]:
+        return [self.count, self.mean, self.square]
+
+    def load(self, state: Sequence[float]) -> None:
+        self.count, self.mean, self.square = int(state[0]), state[1], state[2]
+
+
 def reward_parts(
     scorer: Scorer,
     function: RewardFunction | None,

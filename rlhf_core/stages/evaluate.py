@@ -17,7 +17,7 @@ from rlhf_core.config import Params
 from rlhf_core.data.rows import read_rows
 from rlhf_core.errors import InputError
 from rlhf_core.evaluation.html import report_html
-from rlhf_core.evaluation.plots import Figures, draw_plots, read_history
+from rlhf_core.evaluation.plots import Figures, draw_plots, read_history, read_pairs
 from rlhf_core.evaluation.results import MODELS, ModelResult, flat_metrics, rounded, sample_rows, summarise
 from rlhf_core.generation import Generation, generate
 from rlhf_core.labelers import make_labeler
@@ -150,7 +150,7 @@ class Answering:
 def write_report(tree: Row, samples: list[Row], layout: Layout, num_samples: int) -> None:
     """Fill reports/evaluation: results.json, samples.jsonl, the plots and report.html."""
     histories = {stage: read_history(layout.history(stage)) for stage in ("sft", "reward", "ppo")}
-    figures = Figures(tree, samples, histories)
+    figures = Figures(tree, samples, histories, read_pairs(layout.pair_scores))
     light, dark = draw_plots(figures, "light"), draw_plots(figures, "dark")
     page = report_html(tree, samples, _reward_metrics(layout), light, dark, num_samples)
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in samples]

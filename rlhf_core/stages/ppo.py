@@ -4,9 +4,11 @@ reference."""
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +33,7 @@ from rlhf_core.optim import SkipGuard
 from rlhf_core.rl.alarms import alarms
 from rlhf_core.rl.kl import KLController
 from rlhf_core.rl.ppo import Actors, Rollout, collect, rollout_metrics, update
+from rlhf_core.rl.rewards import ScoreShaper
 from rlhf_core.stages.sft import save_causal_model
 from rlhf_core.tracking import Tracker
 from rlhf_core.training import restore_history, step_rows
@@ -116,6 +119,7 @@ class Training:
         critic = actors.critic_parameters()
         self.critic_optimizer = make_optimizer(critic, config.critic_learning_rate) if critic else None
         self.kl = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
+        self.shape = ScoreShaper(config)
         self.guard = SkipGuard()
         self.average = [p.detach().clone() for p in actors.policy_parameters()] if config.ema_decay else []
         self.snapshot: Snapshot | None = None
@@ -137,6 +141,8 @@ class Training:
             self.set_learning_rates(number)
             metrics |= self.timed("update", lambda n=number, r=rollout: self.update(n, r))
             all_skipped = metrics.get("policy/skipped_steps") == metrics["policy/num_steps"]
+            if metrics.get("policy/skipped_steps"):
+                self.tracker.table("skipped_batch", sample_rows(number, rollout, len(rollout.answers)))
             self.guard.note(all_skipped, f"ppo, update {number}")
             self.kl.update(metrics["objective/kl"], config.rollout_batch_size)
             self.report(number, rollout, metrics)
@@ -164,7 +170,7 @@ class Training:
         if len(rows) < self.config.prompts_per_update:  # the tail of an epoch: filled up from its start
             rows += step_rows(len(self.prompts), self.config.prompts_per_update - len(rows), 0, self.seed + 1)
         prompts = [self.prompts[i] for i in rows]
-        return collect(self.actors, prompts, self.config, self.stream_seed(number), self.kl.coef)
+        return collect(self.actors, prompts, self.config, self.stream_seed(number), self.kl.coef, self.shape)
 
     def update(self, number: int, rollout: Rollout) -> dict[str, float]:
         warm = number >= self.config.critic_warmup_updates
@@ -209,18 +215,7 @@ class Training:
         self.tracker.progress(number + 1, self.config.num_updates, note)
         for name, text in alarms(self.tracker.history, self.config.kl_budget).items():
             self.tracker.warn(name, text)
-        samples = [
-            {
-                "update": number,
-                "prompt": messages[-1]["content"],
-                "response": answer.text,
-                "score": round(score, 3),
-            }
-            for messages, answer, score in zip(
-                rollout.conversations[:8], rollout.answers[:8], rollout.scores.tolist()[:8], strict=True
-            )
-        ]
-        self.tracker.table("rollout_samples", samples)
+        self.tracker.table("rollout_samples", sample_rows(number, rollout, 8))
 
     def timed(self, phase: str, work):
         started = time.monotonic()
@@ -249,6 +244,7 @@ class Training:
             "history": self.tracker.history,
             "snapshot_update": self.snapshot.update,
             "kl_coef": self.kl.coef,
+            "score_moments": self.shape.state(),
         }
         self.checkpoints.save(number, tensors, state)
 
@@ -264,6 +260,7 @@ class Training:
         if self.critic_optimizer is not None:
             load_optimizer_tensors(self.critic_optimizer, "critic_optimizer", tensors)
         self.kl.coef = checkpoint.state["kl_coef"]
+        self.shape.load(checkpoint.state["score_moments"])
         device = self.actors.roles.device
         self.average = [tensors[f"average.{i}"].to(device) for i in range(len(self.average))]
         count = len(self.actors.policy_parameters())
@@ -271,6 +268,20 @@ class Training:
         self.snapshot = Snapshot(checkpoint.state["snapshot_update"], kept)
         restore_history(self.tracker, checkpoint.state["history"])
         return int(checkpoint.state["next"])
+
+
+def sample_rows(number: int, rollout: Rollout, most: int) -> list[dict[str, Any]]:
+    """The first `most` episodes, for people to read."""
+    episodes = zip(rollout.conversations, rollout.answers, rollout.scores.tolist(), strict=True)
+    return [
+        {
+            "update": number,
+            "prompt": messages[-1]["content"],
+            "response": answer.text,
+            "score": round(score, 3) if math.isfinite(score) else None,
+        }
+        for messages, answer, score in list(episodes)[:most]
+    ]
 
 
 def make_optimizer(parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rlhf_core import ranks
 from rlhf_core.atomic import staged_dir
 from rlhf_core.checkpoint import Checkpoints, inputs_digest
 from rlhf_core.config import Params
@@ -31,7 +32,8 @@ ROLE = "policy"
 
 def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
     if params.pretrain.num_steps == 0:
-        pass_through(layout.model("base"), layout.model("pretrained"))
+        if ranks.is_first():
+            pass_through(layout.model("base"), layout.model("pretrained"))
         return {"pretrain/num_steps": 0}
     return _pretrain(params, layout, tracker)
 
@@ -70,11 +72,14 @@ class TextTask(Task):
         targets = batch.responses[batch.response_mask]
         return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum"), {}
 
+    def describe(self, row: list[int]) -> dict[str, str]:
+        return {"text": self.roles.tokenizer.decode(row)}
+
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        parts = in_micro_batches(self.eval_rows, self.micro_batch_size, len)
-        loss = sum(float(self.loss(rows)[0]) for rows in parts)
-        return {"eval/loss": loss / self.weight(self.eval_rows)}
+        parts = ranks.share(in_micro_batches(self.eval_rows, self.micro_batch_size, len))
+        sums = ranks.total([{"loss": self.loss(rows)[0]} for rows in parts])
+        return {"eval/loss": sums["loss"] / self.weight(self.eval_rows)}
 
 
 def _pretrain(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
@@ -106,11 +111,12 @@ def _pretrain(params: Params, layout: Layout, tracker: Tracker) -> dict[str, flo
     after = train(
         task, texts["train"], roles.parameters(ROLE), schedule, checkpoints, tracker, seed=params.run.seed
     )
-    with staged_dir(layout.model("pretrained")) as out:
-        model = roles.export(ROLE, out, "CAUSAL_LM")
-        model.to(getattr(torch, params.model.save_dtype)).save_pretrained(out)
-        roles.tokenizer.save_pretrained(out)
-        write_provenance(out, {"stage": "pretrain", "base": read_provenance(layout.model("base"))})
+    if ranks.is_first():
+        with staged_dir(layout.model("pretrained")) as out:
+            model = roles.export(ROLE, out, "CAUSAL_LM")
+            model.to(getattr(torch, params.model.save_dtype)).save_pretrained(out)
+            roles.tokenizer.save_pretrained(out)
+            write_provenance(out, {"stage": "pretrain", "base": read_provenance(layout.model("base"))})
     checkpoints.clear()
     return {
         "pretrain/num_steps": config.num_steps,

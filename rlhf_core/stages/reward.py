@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rlhf_core.atomic import staged_dir
+from rlhf_core import ranks
+from rlhf_core.atomic import staged_dir, write_text
 from rlhf_core.checkpoint import Checkpoints, inputs_digest
 from rlhf_core.config import Params, RewardConfig
 from rlhf_core.data.rows import read_rows
@@ -116,12 +117,20 @@ class PairwiseTask(Task):
         """Raw scores in the order of `pairs`."""
         index = {id(pair): i for i, pair in enumerate(pairs)}
         chosen, rejected = torch.zeros(len(pairs)), torch.zeros(len(pairs))
-        for rows in in_micro_batches(rankings(pairs), self.config.micro_batch_size, self.length):
-            part = [pair for row in rows for pair in row]
+        parts = in_micro_batches(rankings(pairs), self.config.micro_batch_size, self.length)
+        parts = [[pair for row in rows for pair in row] for rows in parts]
+        scores = ranks.gather([torch.stack(self.scores(part)).cpu() for part in ranks.share(parts)])
+        for part, found in zip(parts, scores, strict=True):
             where = [index[id(pair)] for pair in part]
-            a, b = self.scores(part)
-            chosen[where], rejected[where] = a.cpu(), b.cpu()
+            chosen[where], rejected[where] = found
         return chosen, rejected
+
+    def describe(self, row: Ranking) -> dict[str, Any]:
+        decode = self.roles.tokenizer.decode
+        return {
+            "prompt": decode(row[0].prompt),
+            "pairs": [{"chosen": decode(pair.chosen), "rejected": decode(pair.rejected)} for pair in row],
+        }
 
     def evaluate(self) -> dict[str, float]:
         loss, stats = pairwise_loss(*self.all_scores(self.eval_rows))
@@ -155,8 +164,10 @@ def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
     rows = rankings(train_rows)
     schedule = make_schedule(config, len(rows))
     train(task, rows, parameters, schedule, checkpoints, tracker, seed=params.run.seed)
-    metrics = evaluate_reward_model(task, eval_rows, params, tracker)
+    scores = task.all_scores(eval_rows)
+    metrics = evaluate_reward_model(eval_rows, scores, params)
     normalisation = fit_normalisation(task, train_rows)
+    write_pairs(layout.pair_scores, eval_rows, scores, normalisation)
     _save(roles, head, normalisation, params, layout)
     checkpoints.clear()
     return {
@@ -225,9 +236,12 @@ def fit_normalisation(task: PairwiseTask, rows: Sequence[Pair]) -> Normalisation
 
 
 def evaluate_reward_model(
-    task: PairwiseTask, rows: Sequence[Pair], params: Params, tracker: Tracker
+    rows: Sequence[Pair], scores: tuple[Tensor, Tensor], params: Params
 ) -> dict[str, float]:
-    """Accuracy on held-out pairs with its interval, beside what the answers' length alone can tell."""
+    """Accuracy on held-out pairs with its interval, beside what the answers' length alone can tell.
+
+    `scores` are the raw ones of the chosen and of the rejected responses, (B,) each.
+    """
     from rlhf_core.evaluation.statistics import (
         accuracy_with_interval,
         brier_score,
@@ -235,7 +249,7 @@ def evaluate_reward_model(
         length_baseline_accuracy,
     )
 
-    chosen, rejected = task.all_scores(rows)
+    chosen, rejected = scores
     loss, _ = pairwise_loss(chosen, rejected)
     correct = (chosen > rejected).tolist()
     probabilities = torch.sigmoid(chosen.double() - rejected.double()).tolist()
@@ -262,9 +276,28 @@ def evaluate_reward_model(
     return metrics
 
 
+def write_pairs(
+    path: Path, rows: Sequence[Pair], scores: tuple[Tensor, Tensor], normalisation: Normalisation
+) -> None:
+    """One line a held-out pair: normalised scores, and the probability given to the chosen answer."""
+    if not ranks.is_first():
+        return
+    chosen, rejected = (side.double() for side in scores)
+    probabilities = torch.sigmoid(chosen - rejected).tolist()
+    columns = [normalisation.apply(side).tolist() for side in (chosen, rejected)]
+    lines = ["source,longer,chosen,rejected,probability"]
+    for row, a, b, p in zip(rows, *columns, probabilities, strict=True):
+        longer = "chosen" if len(row.chosen) > len(row.rejected) else "rejected"
+        longer = "neither" if len(row.chosen) == len(row.rejected) else longer
+        lines.append(f"{row.source.partition(':')[0]},{longer},{a:.6g},{b:.6g},{p:.6g}")
+    write_text(path, "\n".join(lines) + "\n")
+
+
 def _save(
     roles: Roles, head: ScalarHead, normalisation: Normalisation, params: Params, layout: Layout
 ) -> None:
+    if not ranks.is_first():
+        return
     with staged_dir(layout.model("reward")) as out:
         trunk = roles.export(ROLE, out, "SEQ_CLS")
         save_reward_model(trunk, head, normalisation, out, getattr(torch, params.model.save_dtype))

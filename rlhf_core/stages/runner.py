@@ -14,12 +14,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rlhf_core import ranks
 from rlhf_core.atomic import write_text
 from rlhf_core.config import Params
 from rlhf_core.errors import RLHFError
 from rlhf_core.layout import Layout
 from rlhf_core.mlflow_writer import SWITCH_VARIABLE, MlflowWriter
-from rlhf_core.tracking import Tracker
+from rlhf_core.modeling.loading import resolve_device
+from rlhf_core.tracking import SilentTracker, Tracker
 
 SECTIONS = {"base": "model", "prepare": "data", "validate": "validate_"}  # the others are named as the stage
 
@@ -31,16 +33,22 @@ def run_stage(stage: str, params: Params, layout: Layout) -> dict[str, float]:
     on failure .rlhf/runs/STAGE/failure.json says why, for the task that watches.
     """
     module = importlib.import_module(f"rlhf_core.stages.{stage}")
+    if ranks.count() > 1:
+        ranks.join(resolve_device(params.run))
+    if not ranks.is_first():
+        with ranks.together():
+            return module.run(params, layout, SilentTracker(stage, layout.run_dir(stage)))
     run_dir = layout.run_dir(stage)
     (run_dir / "failure.json").unlink(missing_ok=True)
     started = time.perf_counter()
-    with open_tracker(stage, params, layout) as tracker:
+    with open_tracker(stage, params, layout) as tracker, ranks.together():
         metrics = module.run(params, layout, tracker)
         if tracker.history:
             write_text(layout.history(stage), history_csv(tracker.history))
         write_text(layout.metrics(stage), json.dumps(round_metrics(metrics), indent=2) + "\n")
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
         tracker.log_perf({"perf/seconds": time.perf_counter() - started, "perf/peak_memory_gib": peak})
+        tracker.log_perf({"perf/num_processes": ranks.count()})
         tracker.final(metrics)
         write_text(run_dir / "perf.json", json.dumps(tracker.perf, indent=2))
     return metrics

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_core import ranks
 from rlhf_core.atomic import staged_dir
 from rlhf_core.checkpoint import Checkpoints, inputs_digest
 from rlhf_core.config import Params, SFTConfig
@@ -82,18 +83,21 @@ class CompletionTask(Task):
         loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
         return loss, {"train/token_accuracy": (logits.argmax(-1) == targets).sum()}
 
+    def describe(self, row: Example) -> dict[str, str]:
+        decode = self.roles.tokenizer.decode
+        return {"prompt": decode(row.prompt), "response": decode(row.response)}
+
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        loss = correct = 0.0
-        for rows in in_micro_batches(self.eval_rows, self.config.micro_batch_size, len):
-            part, stats = self._loss(rows)
-            loss += float(part)
-            correct += float(stats["train/token_accuracy"])
-        weight = self.weight(self.eval_rows)
+        parts = []
+        for rows in ranks.share(in_micro_batches(self.eval_rows, self.config.micro_batch_size, len)):
+            loss, stats = self._loss(rows)
+            parts.append({"loss": loss, "correct": stats["train/token_accuracy"]})
+        sums, weight = ranks.total(parts), self.weight(self.eval_rows)
         return {
-            "eval/loss": loss / weight,
-            "eval/perplexity": math.exp(loss / weight),
-            "eval/token_accuracy": correct / weight,
+            "eval/loss": sums["loss"] / weight,
+            "eval/perplexity": math.exp(sums["loss"] / weight),
+            "eval/token_accuracy": sums["correct"] / weight,
         }
 
 
@@ -216,6 +220,8 @@ def encode_example(
 
 def save_causal_model(roles: Roles, final: Path, params: Params, origin: dict[str, object]) -> None:
     """Write the trained policy as a plain Hugging Face directory, its adapter beside it."""
+    if not ranks.is_first():
+        return
     with staged_dir(final) as out:
         model = roles.export(ROLE, out, "CAUSAL_LM")
         model.to(getattr(torch, params.model.save_dtype)).save_pretrained(out)

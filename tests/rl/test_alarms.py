@@ -7,6 +7,7 @@ WELL = {
     "objective/entropy": 1.5,
     "rollout/response_length": 20.0,
     "rollout/eos_rate": 0.8,
+    "rollout/logprob_gap": 0.02,
     "value/explained_variance": 0.1,
 }
 
@@ -22,6 +23,7 @@ def test_a_run_that_goes_well_raises_none():
         ({"objective/kl": -1.1}, "kl_negative", "not sampled from the distribution"),
         ({"rollout/response_length": 41.0}, "length_runs_away", "ppo.length_penalty"),
         ({"rollout/eos_rate": 0.39}, "answers_do_not_end", "ppo.missing_eos_penalty"),
+        ({"rollout/logprob_gap": 0.3}, "rollout_differs", "run.precision"),
         ({"objective/entropy": 0.4}, "entropy_collapses", "ppo.entropy_coef"),
     ],
 )

@@ -15,7 +15,7 @@ from rlhf_core.modeling.reward import Normalisation, ScalarHead, last_response_h
 from rlhf_core.modeling.roles import REFERENCE, AdapterRoles
 from rlhf_core.rl.ppo import Actors, collect, ppo_step, rollout_metrics, update
 
-RUN = RunConfig(seed=0, device="cpu", precision="float32")
+RUN = RunConfig(seed=0, device="cpu", num_processes=1, precision="float32")
 CHATS = [
     [{"role": "user", "content": text}] for text in ("hello", "how are you today?", "no", "rain or sun?")
 ]

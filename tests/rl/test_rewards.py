@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from rlhf_core.generation import Generation
-from rlhf_core.rl.rewards import reward_parts
+from rlhf_core.rl.rewards import ScoreShaper, reward_parts
 
 ANSWERS = [
     Generation(token_ids=(5, 6, 7), text="one two three", finished=True),
@@ -49,3 +49,35 @@ def test_each_part_by_hand(config):
         name: pytest.approx(values) for name, values in expected.items()
     }
     assert all(part.dtype == torch.float32 for part in found.values())
+
+
+def shaper(params, **changes):
+    return ScoreShaper(params.ppo.model_copy(update=changes))
+
+
+def test_scores_count_as_they_are_by_default(params):
+    scores = torch.tensor([3.0, -40.0])
+    assert torch.equal(shaper(params)(scores), scores)
+
+
+def test_running_scale_is_the_deviation_of_all_scores_so_far(params):
+    shape = shaper(params, score_scaling="running")
+    parts = [torch.tensor([1.0, 2.0, 6.0]), torch.tensor([-3.0, 10.0]), torch.tensor([5.0])]
+    for i, part in enumerate(parts):
+        so_far = torch.cat(parts[: i + 1]).double()
+        expected = part / so_far.std(unbiased=False)
+        torch.testing.assert_close(shape(part).double(), expected.double(), rtol=1e-6, atol=1e-6)
+    again = shaper(params, score_scaling="running")
+    again.load(shape.state())
+    assert torch.equal(again(parts[0]), shape(parts[0]))
+
+
+def test_batch_scale_and_clip(params):
+    shaped = shaper(params, score_scaling="batch", score_clip=1.2)(torch.tensor([0.0, 0.0, 0.0, 8.0]))
+    third = -1 / 3**0.5
+    torch.testing.assert_close(shaped, torch.tensor([third, third, third, 1.2]))
+
+
+def test_scores_all_alike_scale_to_nothing_and_not_to_infinity(params):
+    for scaling in ("running", "batch"):
+        assert shaper(params, score_scaling=scaling, score_clip=5.0)(torch.ones(4)).isfinite().all()

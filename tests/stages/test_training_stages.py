@@ -15,6 +15,7 @@ from rlhf_core.modeling.reward import load_reward_model
 from rlhf_core.optim import DivergedError
 from rlhf_core.rl import ppo
 from rlhf_core.rl.losses import policy_loss
+from rlhf_core.stages import sft
 from rlhf_core.stages.ppo import Training, open_actors
 from rlhf_core.stages.runner import run_stage
 from rlhf_core.stages.sft import encode_file
@@ -207,6 +208,18 @@ def test_training_that_diverges_ends_and_says_what_to_try(workspace, small_param
     with pytest.raises(DivergedError, match="ppo, update 4: 5 steps in a row"):
         run_stage("ppo", many, workspace)
     assert not workspace.model("policy").exists()
+    batch = json.loads((workspace.run_dir("ppo") / "skipped_batch.table.json").read_text())
+    assert [row["update"] for row in batch] == [4] * many.ppo.rollout_batch_size
+    assert batch[0]["prompt"].startswith("how are you on day")
+
+
+def test_sft_keeps_the_batch_of_a_skipped_step(workspace, small_params, monkeypatch):
+    monkeypatch.setattr(sft.CompletionTask, "weight", lambda task, rows: float("nan"))
+    with pytest.raises(DivergedError, match="sft, step 5"):
+        run_stage("sft", small_params, workspace)
+    batch = json.loads((workspace.run_dir("sft") / "skipped_batch.table.json").read_text())
+    assert len(batch) == small_params.sft.batch_size
+    assert batch[0]["response"].startswith("that is great!")
 
 
 def test_glossary_explains_every_metric_of_every_training(root, workspace, small_params):

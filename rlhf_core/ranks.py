@@ -1,0 +1,95 @@
+"""One training in several processes: the ranks share the forward and backward passes of each step.
+
+Everything else (order of the data, random numbers, optimizer steps) every rank computes for itself from the
+same seeds and the same summed gradients. So a run of many processes takes the steps of a run of one on the
+same global batch, and only the first rank writes. With one process nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_core.errors import LostRankError
+
+Item = TypeVar("Item")
+
+
+def rank() -> int:
+    """0 in a run of one process."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def count() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes."""
+    return rank() == 0
+
+
+def join(device: torch.device) -> None:
+    """Meet the other ranks: gloo between CPUs, NCCL between GPUs. Later calls return at once."""
+    if count() > 1:
+        from accelerate import PartialState
+
+        PartialState(cpu=device.type == "cpu")
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Turn a lost connection to another rank into LostRankError; leave the group when all are done."""
+    try:
+        yield
+        if count() > 1:
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
+    except RuntimeError as error:
+        if count() > 1 and any(word in str(error) for word in ("gloo", "NCCL", "Connection")):
+            raise LostRankError("another process of this training is gone") from error
+        raise
+
+
+def share(items: Sequence[Item]) -> list[Item]:
+    """Every `count()`-th item, from this rank's own on."""
+    return list(items[rank() :: count()])
+
+
+def gather(items: Sequence[Item]) -> list[Item]:
+    """The items that `share` dealt out, from all ranks, in their first order."""
+    if count() == 1:
+        return list(items)
+    from accelerate.utils import gather_object
+
+    numbered = [(rank() + i * count(), item) for i, item in enumerate(items)]
+    found: list[tuple[int, Item]] = gather_object(numbered)
+    return [item for _, item in sorted(found, key=lambda pair: pair[0])]
+
+
+def total(parts: Sequence[Mapping[str, Tensor | float]]) -> dict[str, float]:
+    """Sums by name over the parts of all ranks, added in one order so that every rank gets the same bits."""
+    everything = gather([{name: float(value) for name, value in part.items()} for part in parts])
+    return {name: sum(part[name] for part in everything) for name in everything[0]} if everything else {}
+
+
+@torch.no_grad()
+def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Replace each gradient by its sum over ranks. One that no rank has stays None."""
+    if count() == 1:
+        return
+    device = parameters[0].device
+    present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=device)
+    torch.distributed.all_reduce(present)
+    wanted = [p for p, n in zip(parameters, present.tolist(), strict=True) if n]
+    if not wanted:
+        return
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in wanted])
+    torch.distributed.all_reduce(flat)
+    for parameter, part in zip(wanted, flat.split([p.numel() for p in wanted]), strict=True):
+        parameter.grad = part.view_as(parameter).clone()
