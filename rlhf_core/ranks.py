@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TypeVar
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, TypeVar
 
 from rlhf_core.errors import LostRankError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 Item = TypeVar("Item")
 
@@ -48,8 +49,10 @@ def together() -> Iterator[None]:
     try:
         yield
         if count() > 1:
-            torch.distributed.barrier()
-            torch.distributed.destroy_process_group()
+            from torch import distributed
+
+            distributed.barrier()
+            distributed.destroy_process_group()
     except RuntimeError as error:
         if count() > 1 and any(word in str(error) for word in ("gloo", "NCCL", "Connection")):
             raise LostRankError("another process of this training is gone") from error
@@ -78,11 +81,12 @@ def total(parts: Sequence[Mapping[str, Tensor | float]]) -> dict[str, float]:
     return {name: sum(part[name] for part in everything) for name in everything[0]} if everything else {}
 
 
-@torch.no_grad()
 def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Replace each gradient by its sum over ranks. One that no rank has stays None."""
     if count() == 1:
         return
+    import torch
+
     device = parameters[0].device
     present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=device)
     torch.distributed.all_reduce(present)

@@ -20,7 +20,6 @@ from rlhf_core.config import Params
 from rlhf_core.errors import RLHFError
 from rlhf_core.layout import Layout
 from rlhf_core.mlflow_writer import SWITCH_VARIABLE, MlflowWriter
-from rlhf_core.modeling.loading import resolve_device
 from rlhf_core.tracking import SilentTracker, Tracker
 
 SECTIONS = {"base": "model", "prepare": "data", "validate": "validate_"}  # the others are named as the stage
@@ -34,6 +33,8 @@ def run_stage(stage: str, params: Params, layout: Layout) -> dict[str, float]:
     """
     module = importlib.import_module(f"rlhf_core.stages.{stage}")
     if ranks.count() > 1:
+        from rlhf_core.modeling.loading import resolve_device
+
         ranks.join(resolve_device(params.run))
     if not ranks.is_first():
         with ranks.together():
