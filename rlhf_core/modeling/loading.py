@@ -45,7 +45,7 @@ def use_determinism(device: torch.device) -> None:
     """Make a repetition give the same bits; on a GPU at some cost in speed."""
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms would import the compiler, 2 s
 
 
 def check_model_dir(path: Path) -> None:
