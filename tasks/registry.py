@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from mlflow.entities import Metric, RunTag
 from mlflow.exceptions import MlflowException
 
 from rlhf_core.config import Params
@@ -129,12 +131,13 @@ def log_result(root: Path, parent: ParentRun) -> None:
     layout = Layout(root)
     if (root / "dvc.lock").is_file():
         client.log_artifact(parent.run_id, str(root / "dvc.lock"))
-    for key, value in lineage(root).items():
-        client.set_tag(parent.run_id, key, value)
+    now = int(time.time() * 1000)
+    found: dict[str, float] = {}
     for path in sorted((root / "reports").glob("*/metrics.json")):
-        for name, value in json.loads(path.read_text()).items():
-            if value is not None:
-                client.log_metric(parent.run_id, name, value)
+        found |= json.loads(path.read_text())
+    metrics = [Metric(name, value, now, 0) for name, value in found.items() if value is not None]
+    tags = [RunTag(key, value) for key, value in lineage(root).items()]
+    client.log_batch(parent.run_id, metrics=metrics, tags=tags)
     client.log_artifacts(parent.run_id, str(layout.evaluation), "evaluation")
 
 
