@@ -10,6 +10,7 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -61,6 +62,7 @@ QUIET = {
 PARENT_DEATH_VARIABLE = "RLHF_DIE_WITH_PARENT"
 PR_SET_PDEATHSIG = 1
 INTERRUPTED = 130
+FIRST_RANK_SECONDS = 10.0  # the first rank, which prints, most likely meets the same error: let it end first
 
 Overrides = Annotated[
     list[str] | None, typer.Option("-S", "--set", help="section.key=value; may be repeated.")
@@ -157,6 +159,8 @@ def main() -> None:
         sys.exit(error.exit_code)
     except RLHFError as error:
         print(f"error: {error}", file=sys.stderr)
+        if int(os.environ.get("RANK", "0")) > 0:
+            time.sleep(FIRST_RANK_SECONDS)
         sys.exit(error.exit_code)
     except SystemExit as ended:
         if ended.code == INTERRUPTED and "RANK" not in os.environ:  # what Typer makes of a KeyboardInterrupt

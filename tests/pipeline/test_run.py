@@ -72,7 +72,7 @@ def test_every_stage_is_a_child_run_of_the_flow_with_its_metrics(finished):
     assert len(steps) > 2
     (used,) = children["ppo"].inputs.dataset_inputs
     assert len(used.dataset.digest) == 32
-    assert children["sft"].data.params["sft.num_rows"] == "192"
+    assert children["sft"].data.params["sft.num_rows"] == "128"
 
 
 def test_registered_policy_loads_and_answers_a_chat_request(finished, monkeypatch):
