@@ -263,6 +263,8 @@ class PPOConfig(TrainingSection):
     cliprange_value: PositiveFloat
     dual_clip: NonNegativeFloat
     entropy_coef: NonNegativeFloat
+    ptx_coef: NonNegativeFloat
+    ptx_batch_size: PositiveInt
     missing_eos_penalty: NonNegativeFloat
     length_penalty: NonNegativeFloat
     repetition_penalty: NonNegativeFloat

@@ -7,8 +7,9 @@ value coefficient: Adam would cancel it. With advantages other than GAE there is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -273,8 +274,12 @@ def ppo_step(
     minibatch: Rollout,
     config: PPOConfig,
     kl_coef: float,
+    mix: Callable[[], float] | None = None,
 ) -> dict[str, float]:
-    """Take one step of actor and critic, as far as they have an optimizer; return per-token metrics."""
+    """Take one step of actor and critic, as far as they have an optimizer; return per-token metrics.
+
+    `mix` adds to the policy's gradient what else it should learn, and gives that loss.
+    """
     num_tokens = minibatch.response_mask.sum()
     sums: list[dict[str, Tensor]] = []
     for part in ranks.share(minibatch.micro_batches(config.micro_batch_size)):
@@ -293,6 +298,8 @@ def ppo_step(
         sums.append(stats)
 
     norms: dict[str, float] = {}
+    if mix is not None and policy_optimizer is not None:
+        norms["policy/ptx_loss"] = mix()
     for name, optimizer in (("policy", policy_optimizer), ("value", critic_optimizer)):
         if optimizer is None:
             continue
@@ -339,10 +346,12 @@ def update(
     config: PPOConfig,
     seed: int,
     kl_coef: float | None = None,
+    mix: Callable[[int], float] | None = None,
 ) -> dict[str, float]:
     """All passes over one rollout, each with a fresh permutation; metrics are means over the steps.
 
-    With `approx_kl_stop` the passes end after the step that moved the policy further than that.
+    With `approx_kl_stop` the passes end after the step that moved the policy further than that. `mix` is
+    `ppo_step`'s, given the number of the step.
     """
     price = config.kl_coef if kl_coef is None else kl_coef
     steps: list[dict[str, float]] = []
@@ -351,7 +360,10 @@ def update(
         order = episode_order(len(rollout.answers), config.samples_per_prompt, generator)
         for start in range(0, len(order), config.minibatch_size):
             minibatch = rollout.select(order[start : start + config.minibatch_size])
-            steps.append(ppo_step(actors, policy_optimizer, critic_optimizer, minibatch, config, price))
+            mixed = None if mix is None else partial(mix, len(steps))
+            steps.append(
+                ppo_step(actors, policy_optimizer, critic_optimizer, minibatch, config, price, mixed)
+            )
             if 0.0 < config.approx_kl_stop < steps[-1].get("policy/approx_kl", 0.0):
                 return _means(steps)
     return _means(steps)

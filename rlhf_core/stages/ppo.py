@@ -8,11 +8,13 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rlhf_core import ranks
 from rlhf_core.checkpoint import (
     Checkpoints,
     inputs_digest,
@@ -34,9 +36,9 @@ from rlhf_core.rl.alarms import alarms
 from rlhf_core.rl.kl import KLController
 from rlhf_core.rl.ppo import Actors, Rollout, collect, rollout_metrics, update
 from rlhf_core.rl.rewards import ScoreShaper
-from rlhf_core.stages.sft import save_causal_model
+from rlhf_core.stages.sft import CompletionTask, encode_file, save_causal_model
 from rlhf_core.tracking import Tracker
-from rlhf_core.training import restore_history, step_rows
+from rlhf_core.training import in_micro_batches, restore_history, step_rows
 
 
 def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
@@ -50,13 +52,19 @@ def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
         )
     tracker.dataset("prompts", prompt_file, "training")
     actors = open_actors(params, layout)
+    demonstrations = layout.prepared_file("demonstrations", "train")
+    mixed_in = [demonstrations] if config.ptx_coef else []
+    for file in mixed_in:
+        tracker.dataset("demonstrations", file, "training")
     gold = make_labeler(params.evaluate.gold, params.evaluate.gold_target, params.run)
+    sections = {"run", "model", "ppo"} | ({"sft"} if config.ptx_coef else set())
     origin = {
-        "params": params.model_dump(mode="json", include={"run", "model", "ppo"}),
-        "inputs": inputs_digest([layout.model("sft"), layout.model("reward"), prompt_file]),
+        "params": params.model_dump(mode="json", include=sections),
+        "inputs": inputs_digest([layout.model("sft"), layout.model("reward"), prompt_file, *mixed_in]),
     }
     checkpoints = Checkpoints(layout.run_dir("ppo") / "checkpoints", origin)
-    training = Training(actors, params, prompts, gold, checkpoints, tracker)
+    mix = DemonstrationMix(actors.roles, params, demonstrations) if config.ptx_coef else None
+    training = Training(actors, params, prompts, gold, checkpoints, tracker, mix)
     metrics = training.run()
     save_causal_model(actors.roles, layout.model("policy"), params, read_provenance(layout.model("sft")))
     checkpoints.clear()
@@ -91,6 +99,36 @@ def open_actors(params: Params, layout: Layout) -> Actors:
     return Actors(roles, head if params.ppo.has_critic else None, scorer, function)
 
 
+class DemonstrationMix:
+    """The loss on demonstrations that PPO-ptx adds, so that the policy does not forget them.
+
+    InstructGPT mixes in pre-training text (Ouyang et al. 2022, section 3.5, gamma E[log p(x)]); here it is
+    what the base of the policy was tuned on.
+    """
+
+    def __init__(self, roles: Roles, params: Params, file: Path) -> None:
+        config = params.ppo
+        self.coef, self.batch_size, self.seed = config.ptx_coef, config.ptx_batch_size, params.run.seed
+        self.micro_batch_size = config.micro_batch_size
+        self.most_steps = config.num_ppo_epochs * config.rollout_batch_size // config.minibatch_size
+        sft = params.sft
+        self.rows, _ = encode_file(
+            roles.tokenizer, file, sft.max_length, sft.num_rows, self.seed, sft.loss_on
+        )
+        self.task = CompletionTask(roles, [], sft.model_copy(update={"neftune_alpha": 0.0}), self.seed)
+
+    def backward(self, step: int) -> float:
+        """Add coef * loss per token of the demonstrations of `step` to the gradient; that loss."""
+        rows = [self.rows[i] for i in step_rows(len(self.rows), self.batch_size, step, self.seed)]
+        weight = self.task.weight(rows)
+        sums = []
+        for part in ranks.share(in_micro_batches(rows, self.micro_batch_size, len)):
+            loss, _ = self.task.loss(part)
+            (self.coef * loss / weight).backward()
+            sums.append({"loss": loss.detach() / weight})
+        return ranks.total(sums)["loss"]
+
+
 @dataclass
 class Snapshot:
     """The policy of the last rollout whose KL was within the budget."""
@@ -110,6 +148,7 @@ class Training:
         gold: Labeler,
         checkpoints: Checkpoints,
         tracker: Tracker,
+        mix: DemonstrationMix | None = None,
     ) -> None:
         self.actors, self.config, self.seed = actors, params.ppo, params.run.seed
         self.prompts, self.gold = prompts, gold
@@ -120,6 +159,7 @@ class Training:
         self.critic_optimizer = make_optimizer(critic, config.critic_learning_rate) if critic else None
         self.kl = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
         self.shape = ScoreShaper(config)
+        self.mix = mix
         self.guard = SkipGuard()
         self.average = [p.detach().clone() for p in actors.policy_parameters()] if config.ema_decay else []
         self.snapshot: Snapshot | None = None
@@ -175,8 +215,9 @@ class Training:
     def update(self, number: int, rollout: Rollout) -> dict[str, float]:
         warm = number >= self.config.critic_warmup_updates
         optimizers = self.policy_optimizer if warm else None, self.critic_optimizer
-        seed = self.stream_seed(number)
-        metrics = update(self.actors, *optimizers, rollout, self.config, seed, self.kl.coef)
+        seed, mix = self.stream_seed(number), self.mix
+        mixed = None if mix is None else lambda step: mix.backward(number * mix.most_steps + step)
+        metrics = update(self.actors, *optimizers, rollout, self.config, seed, self.kl.coef, mixed)
         self.move_average()
         return metrics
 

@@ -16,7 +16,7 @@ from rlhf_core.optim import DivergedError
 from rlhf_core.rl import ppo
 from rlhf_core.rl.losses import policy_loss
 from rlhf_core.stages import sft
-from rlhf_core.stages.ppo import Training, open_actors
+from rlhf_core.stages.ppo import DemonstrationMix, Training, open_actors
 from rlhf_core.stages.runner import run_stage
 from rlhf_core.stages.sft import encode_file
 
@@ -284,3 +284,41 @@ def test_moving_average_lags_behind_the_policy_and_survives_a_kill(
     monkeypatch.setattr(Training, "move_average", real)
     run_stage("ppo", params, broken)
     assert_same_outputs(workspace, broken, "ppo", "policy")
+
+
+def with_ptx(params, coef):
+    ptx = {"ptx_coef": coef, "ptx_batch_size": 6}
+    return params.model_copy(update={"ppo": params.ppo.model_copy(update=ptx)})
+
+
+def test_ptx_adds_the_gradient_of_the_loss_on_demonstrations(workspace, small_params):
+    run_stage("reward", small_params, workspace)
+    params = with_ptx(small_params, 0.5)
+    actors = open_actors(params, workspace)
+    file = workspace.prepared_file("demonstrations", "train")
+    mix = DemonstrationMix(actors.roles, params, file)
+    loss = mix.backward(0)
+    rows = [mix.rows[i] for i in training.step_rows(len(mix.rows), 6, 0, params.run.seed)]
+    found = [p.grad.clone() for p in actors.policy_parameters()]
+    for parameter in actors.policy_parameters():
+        parameter.grad = None
+    expected, _ = mix.task.loss(rows)
+    expected = expected / sum(len(row.response) for row in rows)
+    (0.5 * expected).backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    for one, parameter in zip(found, actors.policy_parameters(), strict=True):
+        torch.testing.assert_close(one, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_ppo_with_ptx_keeps_what_sft_learnt_and_repeats_itself(workspace, small_params, tiny_model_dir):
+    for stage in ("sft", "reward"):
+        run_stage(stage, small_params, workspace)
+    losses = {}
+    for coef in (0.01, 10.0):
+        run_stage("ppo", with_ptx(small_params, coef), workspace)
+        rows = csv.DictReader(workspace.history("ppo").open())
+        losses[coef] = [float(row["policy/ptx_loss"]) for row in rows if row["policy/ptx_loss"]]
+    assert losses[10.0][-1] < losses[0.01][-1]
+    first = workspace.history("ppo").read_bytes()
+    run_stage("ppo", with_ptx(small_params, 10.0), workspace)
+    assert workspace.history("ppo").read_bytes() == first
