@@ -97,12 +97,13 @@ def check_files(files: list[Path], kind: str, tokenizer: Path | None) -> dict[st
 
 def _rows(raw: list[Any], kind: str, path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Well-formed rows, and the others with their reason."""
-    from rlhf_core.data.formats import RowError, to_row
+    from rlhf_core.data.formats import RowError, to_rows
 
     rows, bad = [], []
     for item in raw:
         try:
-            rows.append(to_row(item.values, kind) | {"source": str(path), "row": item.number})
+            place = {"source": str(path), "row": item.number}
+            rows += [row | place for row in to_rows(item.values, kind)]
         except RowError as error:
             bad.append(_bad(path, item.number, str(error), str(item.values)))
     return rows, bad

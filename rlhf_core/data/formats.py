@@ -2,7 +2,8 @@
 
 Plain: `prompt` with `response`, or with `chosen` and `rejected`, as texts. Conversational: `messages` (a
 list of role and content; the last assistant turn is the response of a demonstration), or `prompt`, `chosen`,
-`rejected` as lists of messages. CSV files may hold message lists as JSON texts.
+`rejected` as lists of messages. CSV files may hold lists as JSON texts. Preferences may also be rankings:
+`responses`, the best first, or in any order with a list of `ratings`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from itertools import combinations
 from typing import Any
 
 from rlhf_core.data.rows import TEXTS, readable
@@ -22,6 +24,49 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\u200b-\u200f\ufeff]")
 
 class RowError(ValueError):
     """Why a row cannot be used; the text is shown to the person who owns it."""
+
+
+def to_rows(values: Mapping[str, Any], kind: str) -> list[dict[str, Any]]:
+    """The prepared rows of one raw row: several for a ranking. Raises RowError as `to_row` does."""
+    if kind == "preferences" and values.get("responses") is not None:
+        return [to_row(pair, kind) for pair in pairs_of_ranking(values)]
+    return [to_row(values, kind)]
+
+
+def pairs_of_ranking(values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every pair of a ranking in which one answer is preferred, as raw rows.
+
+    Without `ratings` the responses come best first. With them the higher is preferred, by a margin of the
+    difference; equal ratings are ties and give no pair. Raises RowError for a list that is not whole.
+    """
+    responses = _list(values["responses"], "responses")
+    ratings = None if values.get("ratings") is None else _list(values["ratings"], "ratings")
+    if len(responses) < 2:
+        raise RowError(f"responses must hold at least 2 answers, found {len(responses)}")
+    if ratings is not None and len(ratings) != len(responses):
+        raise RowError(f"ratings must be as many as responses: {len(ratings)} and {len(responses)}")
+    scores = [_number(rating, "rating") for rating in ratings or range(len(responses), 0, -1)]
+    asked = {name: values[name] for name in ("prompt", "messages") if name in values}
+    ranked = sorted(zip(scores, responses, strict=True), key=lambda item: -item[0])
+    pairs = [
+        asked | {"chosen": better, "rejected": worse, "margin": None if ratings is None else high - low}
+        for (high, better), (low, worse) in combinations(ranked, 2)
+        if high > low
+    ]
+    if not pairs:
+        raise RowError("all ratings are equal, so no answer is preferred")
+    return pairs
+
+
+def _list(value: Any, name: str) -> list[Any]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            value = None
+    if not isinstance(value, list):
+        raise RowError(f"{name} must be a list")
+    return value
 
 
 def to_row(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
@@ -100,12 +145,14 @@ def _maybe_json(value: Any) -> Any:
 
 
 def _margin(value: Any) -> float:
-    if value is None or value == "":
-        return math.nan
+    return math.nan if value is None or value == "" else _number(value, "margin")
+
+
+def _number(value: Any, name: str) -> float:
     try:
         return float(value)
     except (TypeError, ValueError):
-        raise RowError(f"margin {value!r} must be a number") from None
+        raise RowError(f"{name} {value!r} must be a number") from None
 
 
 def clean(text: str) -> str:
@@ -117,7 +164,7 @@ def clean(text: str) -> str:
 
 def detect_kind(values: Mapping[str, Any]) -> str:
     """The kind of data that a row's columns suggest."""
-    if "chosen" in values or "rejected" in values:
+    if {"chosen", "rejected", "responses"} & set(values):
         return "preferences"
     messages = _maybe_json(values.get("messages"))
     last = messages[-1] if isinstance(messages, list) and messages else None

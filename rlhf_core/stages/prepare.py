@@ -11,7 +11,7 @@ from typing import Any
 
 from rlhf_core.atomic import staged_dir, write_text
 from rlhf_core.config import DataConfig, Params
-from rlhf_core.data.formats import RowError, to_row
+from rlhf_core.data.formats import RowError, to_rows
 from rlhf_core.data.personal import mask, personal_data
 from rlhf_core.data.rows import KINDS, SPLITS, TEXTS, write_rows
 from rlhf_core.data.sources import read_source
@@ -86,16 +86,17 @@ def _checked_rows(
     for raw in read_source(source, kind, layout.root):
         place = {"source": source, "row": raw.number}
         try:
-            row = to_row(raw.values, kind) | place
+            rows = to_rows(raw.values, kind)
         except RowError as error:
             yield place | {"prompt": str(raw.values)[:200]}, str(error)
             continue
-        reason = fault(row, kind, config)
-        key = (normalise(row["prompt"]), *(row[name] for name in TEXTS[kind]))
-        if reason is None and key in seen:
-            reason = "duplicate"
-        seen.add(key)
-        yield row, reason
+        for row in rows:
+            reason = fault(row, kind, config)
+            key = (normalise(row["prompt"]), *(row[name] for name in TEXTS[kind]))
+            if reason is None and key in seen:
+                reason = "duplicate"
+            seen.add(key)
+            yield row | place, reason
 
 
 def fault(row: dict[str, Any], kind: str, config: DataConfig) -> str | None:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_core.data.formats import RowError, clean, detect_kind, to_row
+from rlhf_core.data.formats import RowError, clean, detect_kind, to_row, to_rows
 from rlhf_core.data.rows import KINDS
 from rlhf_core.data.split import normalise
 
@@ -139,3 +139,57 @@ def test_kind_of_any_row_is_found_without_a_crash(values):
 @given(st.text())
 def test_normalised_text_is_a_fixed_point_under_case_and_space(text):
     assert normalise(f"  {text}\n") == normalise(text)
+
+
+def pairs(**values):
+    return [
+        (row["chosen"], row["rejected"], row["margin"])
+        for row in to_rows({"prompt": "hi", **values}, "preferences")
+    ]
+
+
+def test_a_ranking_gives_every_pair_the_best_first():
+    found = pairs(responses=["a", "b", "c"])
+    assert [pair[:2] for pair in found] == [("a", "b"), ("a", "c"), ("b", "c")]
+    assert all(math.isnan(pair[2]) for pair in found)
+
+
+def test_ratings_give_pairs_with_margins_and_ties_give_none():
+    found = pairs(responses=["a", "b", "c"], ratings=[1, "4.5", 1])
+    assert found == [("b", "a", 3.5), ("b", "c", 3.5)]
+
+
+def test_a_ranking_may_be_json_in_a_csv_cell_or_hold_messages():
+    assert pairs(responses='["a", "b"]', ratings="[1, 2]") == [("b", "a", 1.0)]
+    assert pairs(responses=[[assistant("a")], [assistant("b")]])[0][:2] == ("a", "b")
+    assert detect_kind({"prompt": "hi", "responses": ["a", "b"]}) == "preferences"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"responses": "a"}, "responses must be a list"),
+        ({"responses": ["a"]}, "at least 2 answers, found 1"),
+        ({"responses": ["a", "b"], "ratings": [1]}, "1 and 2"),
+        ({"responses": ["a", "b"], "ratings": [1, "high"]}, "rating 'high' must be a number"),
+        ({"responses": ["a", "b"], "ratings": [2, 2]}, "all ratings are equal"),
+    ],
+)
+def test_a_broken_ranking_says_how(values, message):
+    with pytest.raises(RowError, match=message):
+        pairs(**values)
+
+
+@given(st.lists(st.tuples(st.text("xyz", min_size=1), st.integers(1, 5)), min_size=2, max_size=6))
+def test_pairs_of_a_ranking_do_not_depend_on_its_order(rated):
+    def found(items):
+        texts, ratings = zip(*items)
+        try:
+            return sorted(pairs(responses=list(texts), ratings=list(ratings)))
+        except RowError:
+            return []
+
+    assert found(rated) == found(rated[::-1])
+    assert len(found(rated)) == sum(
+        a > b for i, (_, a) in enumerate(rated) for j, (_, b) in enumerate(rated) if i != j
+    )
