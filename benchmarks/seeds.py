@@ -61,7 +61,7 @@ def table(runs: dict[int, Metrics]) -> str:
         "... policy less base, paired": lambda m: interval(m, "eval/gold_gain_over_base", sign="+"),
         "proxy reward, policy less SFT, paired": lambda m: interval(m, "eval/proxy_gain_over_sft", sign="+"),
         "win rate over SFT": lambda m: interval(m, "eval/win_rate_over_sft"),
-        "KL to SFT, nats per answer (budget 12)": lambda m: interval(m, "eval/kl", 1),
+        "KL to SFT, nats per answer": lambda m: interval(m, "eval/kl", 1),
         "tokens per answer, SFT to policy": lambda m: (
             f"{m['eval/length_sft']:.1f} to {m['eval/length_policy']:.1f}"
         ),

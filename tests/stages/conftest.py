@@ -25,7 +25,12 @@ def small_params(root):
     tree["reward"] |= {"batch_size": 8, "micro_batch_size": 4, "num_epochs": 3, "learning_rate": 1e-2}
     tree["reward"] |= {"checkpoint_seconds": 0.0}
     tree["ppo"] |= {"num_updates": 4, "rollout_batch_size": 8, "minibatch_size": 4, "micro_batch_size": 4}
-    tree["ppo"] |= {"checkpoint_every": 1, "learning_rate": 1e-2, "critic_learning_rate": 1e-2}
+    tree["ppo"] |= {
+        "kl_budget": 12.0,
+        "checkpoint_every": 1,
+        "learning_rate": 1e-2,
+        "critic_learning_rate": 1e-2,
+    }
     tree["ppo"]["sampling"] |= {"max_new_tokens": 8}
     return parse_params(tree, "test")
 
