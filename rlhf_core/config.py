@@ -196,6 +196,8 @@ class PreferencesConfig(Section):
     labeler: Literal["vader", "judge", "endpoint", "function"]
     labeler_target: str
     min_margin: NonNegativeFloat
+    keep_ties: bool
+    label_temperature: NonNegativeFloat
     balance_length: bool
     label_noise: float = Field(ge=0.0, lt=0.5)
     sampling: SamplingConfig
@@ -225,6 +227,8 @@ def _check_target(key: str, kind: str, target: str) -> None:
 class RewardConfig(WatchedTraining):
     confidence: float = Field(gt=0.5, lt=1.0)
     num_watched_pairs: PositiveInt
+    ensemble_size: PositiveInt
+    objective: Literal["pairwise", "rating"]
     margin_scale: NonNegativeFloat
     label_smoothing: float = Field(ge=0.0, lt=0.5)
     centering_coef: NonNegativeFloat
@@ -270,6 +274,8 @@ class PPOConfig(TrainingSection):
     repetition_penalty: NonNegativeFloat
     score_scaling: Literal["none", "running", "batch"]
     score_clip: NonNegativeFloat
+    ensemble: Literal["mean", "worst", "uncertainty"]
+    uncertainty_coef: NonNegativeFloat
     reward_function: str = Field(pattern=r"^$|^[\w.]+:\w+$")
     checkpoint_every: PositiveInt
     sampling: SamplingConfig
@@ -372,6 +378,11 @@ class Params(Section):
     def check_relations(self) -> Self:
         if self.model.source == "scratch" and self.pretrain.num_steps == 0:
             raise ValueError("pretrain.num_steps (0) must be positive when model.source is scratch")
+        if self.ppo.ensemble != "mean" and self.reward.ensemble_size == 1:
+            raise ValueError(
+                f"ppo.ensemble ({self.ppo.ensemble}) must be mean when reward.ensemble_size is 1: one "
+                "model does not disagree with itself"
+            )
         if self.model.source != "scratch":
             return self
         longest = self.data_tokens_needed()

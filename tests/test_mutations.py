@@ -33,6 +33,14 @@ MUTATIONS = {
         "gap = chosen_scores - rejected_scores",
         "gap = rejected_scores - chosen_scores",
     ),
+    "label smoothing forgotten": (
+        "rl/losses.py",
+        "q = sure * (1.0 - label_smoothing) + (1.0 - sure) * label_smoothing",
+        "q = sure",
+    ),
+    "soft labels upside down": ("rl/losses.py", "-q * logsigmoid(wanted)", "-(1.0 - q) * logsigmoid(wanted)"),
+    "away from the ratings": ("rl/losses.py", "(scores - ratings) ** 2", "(scores + ratings) ** 2"),
+    "doubt rewarded": ("rl/rewards.py", "-config.uncertainty_coef *", "config.uncertainty_coef *"),
     "discount forgotten": ("rl/advantages.py", "gamma * gae_lambda * running", "gae_lambda * running"),
     "next value off by one": ("rl/advantages.py", "values[:, 1:]", "values[:, :-1]"),
     "score one token early": (

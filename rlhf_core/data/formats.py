@@ -3,7 +3,8 @@
 Plain: `prompt` with `response`, or with `chosen` and `rejected`, as texts. Conversational: `messages` (a
 list of role and content; the last assistant turn is the response of a demonstration), or `prompt`, `chosen`,
 `rejected` as lists of messages. CSV files may hold lists as JSON texts. Preferences may also be rankings:
-`responses`, the best first, or in any order with a list of `ratings`.
+`responses`, the best first, or in any order with a list of `ratings`. `probability` says how sure it is that
+the chosen answer is the better one: 1 when absent, 0.5 for a tie.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Mapping
 from itertools import combinations
 from typing import Any
 
-from rlhf_core.data.rows import TEXTS, readable
+from rlhf_core.data.rows import TEXTS, TIE, readable
 
 ROLES = ("system", "user", "assistant")
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\u200b-\u200f\ufeff]")
@@ -34,10 +35,10 @@ def to_rows(values: Mapping[str, Any], kind: str) -> list[dict[str, Any]]:
 
 
 def pairs_of_ranking(values: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every pair of a ranking in which one answer is preferred, as raw rows.
+    """Every pair of a ranking, as raw rows.
 
     Without `ratings` the responses come best first. With them the higher is preferred, by a margin of the
-    difference; equal ratings are ties and give no pair. Raises RowError for a list that is not whole.
+    difference, and equal ones are ties. Raises RowError for a list that is not whole.
     """
     responses = _list(values["responses"], "responses")
     ratings = None if values.get("ratings") is None else _list(values["ratings"], "ratings")
@@ -48,13 +49,12 @@ def pairs_of_ranking(values: Mapping[str, Any]) -> list[dict[str, Any]]:
     scores = [_number(rating, "rating") for rating in ratings or range(len(responses), 0, -1)]
     asked = {name: values[name] for name in ("prompt", "messages") if name in values}
     ranked = sorted(zip(scores, responses, strict=True), key=lambda item: -item[0])
-    pairs = [
-        asked | {"chosen": better, "rejected": worse, "margin": None if ratings is None else high - low}
-        for (high, better), (low, worse) in combinations(ranked, 2)
-        if high > low
-    ]
-    if not pairs:
-        raise RowError("all ratings are equal, so no answer is preferred")
+    pairs = []
+    for (high, better), (low, worse) in combinations(ranked, 2):
+        rated = {} if ratings is None else {"margin": high - low, "chosen_score": high, "rejected_score": low}
+        pairs.append(
+            asked | {"chosen": better, "rejected": worse, "probability": 1.0 if high > low else TIE} | rated
+        )
     return pairs
 
 
@@ -79,7 +79,10 @@ def to_row(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
     for name in TEXTS[kind]:
         row[name] = replies[name] if name in replies else _reply(values, name)
     if kind == "preferences":
-        row["margin"] = _margin(values.get("margin"))
+        row["probability"] = _probability(values.get("probability"))
+        for name in ("margin", "chosen_score", "rejected_score"):
+            value = values.get(name)
+            row[name] = math.nan if value is None or value == "" else _number(value, name)
     return row
 
 
@@ -144,8 +147,15 @@ def _maybe_json(value: Any) -> Any:
     return value
 
 
-def _margin(value: Any) -> float:
-    return math.nan if value is None or value == "" else _number(value, "margin")
+def _probability(value: Any) -> float:
+    if value is None or value == "":
+        return 1.0
+    probability = _number(value, "probability")
+    if not TIE <= probability <= 1.0:
+        raise RowError(
+            f"probability {value!r} must be from {TIE} (a tie) to 1; below, swap chosen and rejected"
+        )
+    return probability
 
 
 def _number(value: Any, name: str) -> float:

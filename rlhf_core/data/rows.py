@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ KINDS = ("demonstrations", "preferences", "prompts")
 SPLITS = ("train", "eval")
 # The texts of a row that a model must not see empty, by kind; `messages` holds the prompt as a conversation.
 TEXTS = {"demonstrations": ("response",), "preferences": ("chosen", "rejected"), "prompts": ()}
+TIE = 0.5
+# `probability`: that people prefer the chosen answer, from TIE to 1. NaN or null where a number is unknown.
+PREFERENCE_NUMBERS = ("probability", "margin", "chosen_score", "rejected_score")
 
 
 def _schema(kind: str):
@@ -21,7 +25,7 @@ def _schema(kind: str):
     fields = [("prompt", pa.string()), ("messages", pa.list_(message))]
     fields += [(name, pa.string()) for name in TEXTS[kind]]
     if kind == "preferences":
-        fields += [(name, pa.float64()) for name in ("margin", "chosen_score", "rejected_score")]
+        fields += [(name, pa.float64()) for name in PREFERENCE_NUMBERS]
     return pa.schema([*fields, ("source", pa.string()), ("row", pa.int64())])
 
 
@@ -45,6 +49,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         raise InputError(f"{path}: no such file; run the stage that makes it, or `rlhf run`") from None
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{path}: not a whole Parquet file: {error}") from None
+
+
+def known(value: float | None, otherwise: float) -> float:
+    """A number of a row, or `otherwise` where the row has none."""
+    return otherwise if value is None or math.isnan(value) else float(value)
+
+
+def is_tie(row: Mapping[str, Any]) -> bool:
+    return known(row["probability"], 1.0) == TIE
 
 
 def readable(messages: Sequence[Mapping[str, str]]) -> str:

@@ -1,5 +1,8 @@
-"""Reward models: a trunk, a scalar head on the last response token, and the constants that normalise
-scores."""
+"""Reward models: a trunk, a scalar head on the last response token, and the constants that normalise scores.
+
+An ensemble is several such members; the first stands in the model's directory, the others, each a whole
+reward model, below its `members/`.
+"""
 
 from __future__ import annotations
 
@@ -112,6 +115,23 @@ def load_head(directory: Path, hidden_size: int) -> ScalarHead:
     return head
 
 
+def member_role(member: int) -> str:
+    """The role of a member of the ensemble: reward, reward_1, reward_2, ..."""
+    return f"reward_{member}" if member else "reward"
+
+
+def member_directory(directory: Path, member: int) -> Path:
+    return directory / "members" / str(member) if member else directory
+
+
+def member_directories(directory: Path) -> list[Path]:
+    """Where the members of a saved reward model stand, the first one first."""
+    found = [directory]
+    while (following := member_directory(directory, len(found))).is_dir():
+        found.append(following)
+    return found
+
+
 def load_normalisation(directory: Path) -> Normalisation:
     path = directory / NORMALISATION_FILE
     try:
@@ -121,40 +141,50 @@ def load_normalisation(directory: Path) -> Normalisation:
     return Normalisation(facts["mean"], facts["std"])
 
 
+@dataclass(frozen=True)
+class Member:
+    """One model of an ensemble; `trunk` gives the last hidden states (S, T, D) of `TokenBatch.inputs`."""
+
+    trunk: Callable[..., Tensor]
+    head: ScalarHead
+    normalisation: Normalisation
+
+    def scores(self, batch: TokenBatch) -> Tensor:
+        """Normalised, (B,)."""
+        return self.normalisation.apply(self.head(last_response_hidden(self.trunk(*batch.inputs), batch)))
+
+
 class RewardScorer:
     """Gives normalised scores to texts; the reward model may have a tokenizer and a template of its own."""
 
-    def __init__(
-        self,
-        trunk: Callable[..., Tensor],
-        head: ScalarHead,
-        normalisation: Normalisation,
-        tokenizer: PreTrainedTokenizerBase,
-    ) -> None:
-        self._trunk, self._head = trunk, head
-        self._normalisation, self._tokenizer = normalisation, tokenizer
+    def __init__(self, members: Sequence[Member], tokenizer: PreTrainedTokenizerBase) -> None:
+        self.members, self._tokenizer = members, tokenizer
+
+    def score(
+        self, conversations: Sequence[Sequence[dict[str, str]]], responses: Sequence[str]
+    ) -> list[float]:
+        """One score per response, in the order given: the mean of the members'."""
+        return self.member_scores(conversations, responses).mean(dim=0).tolist()
 
     @torch.no_grad()
-    def score(
+    def member_scores(
         self,
         conversations: Sequence[Sequence[dict[str, str]]],
         responses: Sequence[str],
         batch_size: int = 32,
-    ) -> list[float]:
-        """One score per response, in the order given. Text goes in, never token ids."""
+    ) -> Tensor:
+        """What each member says of each response, (members, B). Text goes in, never token ids."""
         prompts = [encode_prompt(self._tokenizer, messages) for messages in conversations]
         answers = [encode_response(self._tokenizer, text) for text in responses]
         order = length_order(prompts, answers)
-        scores = [0.0] * len(order)
-        device = next(self._head.parameters()).device
+        scores = torch.zeros(len(self.members), len(order))
+        device = next(self.members[0].head.parameters()).device
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             batch = make_batch(
                 [prompts[i] for i in rows], [answers[i] for i in rows], self._tokenizer.pad_token_id, device
             )
-            raw = self._head(last_response_hidden(self._trunk(*batch.inputs), batch))
-            for i, score in zip(rows, self._normalisation.apply(raw).tolist(), strict=True):
-                scores[i] = score
+            scores[:, rows] = torch.stack([member.scores(batch) for member in self.members]).cpu()
         return scores
 
 
@@ -163,24 +193,33 @@ def load_reward_model(path: Path, run: RunConfig) -> RewardScorer:
 
     Raises InputError for a directory that is no finished reward model.
     """
+    device = resolve_device(run)
+    use_determinism(device)
+    members = [_load_member(directory, run, device) for directory in member_directories(path)]
+    return RewardScorer(members, load_tokenizer(path))
+
+
+def _load_member(path: Path, run: RunConfig, device: torch.device) -> Member:
     from transformers import AutoModel
 
     check_model_dir(path)
-    device = resolve_device(run)
-    use_determinism(device)
     normalisation = load_normalisation(path)
     trunk = (
         AutoModel.from_pretrained(path, dtype=resolve_dtype(run, device), local_files_only=True)
         .to(device)
         .eval()
     )
-    head = load_head(path, trunk.config.hidden_size).to(device)
+    return Member(
+        partial(last_hidden, trunk), load_head(path, trunk.config.hidden_size).to(device), normalisation
+    )
 
-    return RewardScorer(partial(last_hidden, trunk), head, normalisation, load_tokenizer(path))
 
-
-def scorer_of_role(
-    roles: Roles, head: ScalarHead, normalisation: Normalisation, tokenizer: PreTrainedTokenizerBase
+def scorer_of_roles(
+    roles: Roles, heads: Sequence[ScalarHead], constants: Sequence[Normalisation], path: Path
 ) -> RewardScorer:
-    """The role "reward" of a running training as a scorer."""
-    return RewardScorer(partial(roles.hidden, "reward"), head, normalisation, tokenizer)
+    """The reward roles of a running training as a scorer, with the tokenizer of the model at `path`."""
+    members = [
+        Member(partial(roles.hidden, member_role(i)), head, normalisation)
+        for i, (head, normalisation) in enumerate(zip(heads, constants, strict=True))
+    ]
+    return RewardScorer(members, load_tokenizer(path))

@@ -1,13 +1,14 @@
 """The models of a training run by role: adapters on one shared frozen base, or one full model each.
 
-Roles are "policy", "critic", "reward" and "reference". Both classes answer the same three questions: the
-hidden states of a role, its logits, its trainable parameters.
+Roles are "policy", "critic", "reference" and "reward", and in an ensemble "reward_1" and so on. Both classes
+answer the same three questions: the hidden states of a role, its logits, its trainable parameters.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from rlhf_core.config import LoRAConfig, Params
 from rlhf_core.modeling import lora
+from rlhf_core.modeling.flops import Flops
 from rlhf_core.modeling.loading import load_policy, load_tokenizer, resolve_device, resolve_dtype
 from rlhf_core.modeling.trunk import last_hidden
 
@@ -70,15 +72,24 @@ class AdapterRoles:
         """(N, D) -> (N, V)."""
         return self._model.get_output_embeddings()(hidden)
 
+    def flops(self, role: str) -> Flops:
+        return Flops.of(self._model, "lora")
+
     def parameters(self, role: str) -> list[nn.Parameter]:
         layers = [layer for _, layer in lora.adapted_layers(self._model)]
         return [p for layer in layers for p in (layer.lora_A[role], layer.lora_B[role])]
 
-    def export(self, role: str, directory: Path, task_type: str) -> PreTrainedModel:
-        """Save the adapter below `directory` and return the merged model. No role can be used afterwards."""
+    def export(
+        self, role: str, directory: Path, task_type: str, *, more_to_come: bool = False
+    ) -> PreTrainedModel:
+        """Save the adapter below `directory` and return the merged model.
+
+        No role can be used afterwards, unless there is `more_to_come`: then a copy of the model is merged.
+        """
         lora.save_adapter(self._model, role, self._config, directory / "adapter", task_type)
-        lora.merge_adapter(self._model, role)
-        return self._model
+        model = copy.deepcopy(self._model) if more_to_come else self._model
+        lora.merge_adapter(model, role)
+        return model
 
 
 class FullRoles:
@@ -111,12 +122,17 @@ class FullRoles:
         with self.using(role) as model:
             return model.get_output_embeddings()(hidden)
 
+    def flops(self, role: str) -> Flops:
+        return Flops.of(self._models[role], "full")
+
     def parameters(self, role: str) -> list[nn.Parameter]:
         """The trunk, and the language-model head only where it is used or shared with the embedding."""
         model = self._models[role]
         return list((model if role == "policy" else model.base_model).parameters())
 
-    def export(self, role: str, directory: Path, task_type: str) -> PreTrainedModel:
+    def export(
+        self, role: str, directory: Path, task_type: str, *, more_to_come: bool = False
+    ) -> PreTrainedModel:
         return self._models.pop(role)
 
 
@@ -128,13 +144,15 @@ def adapter_roles(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pa
     return AdapterRoles(model, tokenizer, config.lora, recompute=config.gradient_checkpointing)
 
 
-def open_roles(params: Params, base: Path, *, trained: str, seed: int) -> Roles:
-    """One trained role on top of `base`, by adapters or by all weights as `model.finetuning` says."""
+def open_roles(params: Params, base: Path, *, trained: Sequence[str], seed: int) -> Roles:
+    """Trained roles on top of `base`, by adapters or by all weights as `model.finetuning` says."""
     if params.model.finetuning == "full":
         full = FullRoles(load_tokenizer(base), params)
-        full.add(trained, path=base)
+        for role in trained:
+            full.add(role, path=base)
         return full
     model, tokenizer = load_policy(base, params.run)
     adapted = adapter_roles(model, tokenizer, params)
-    adapted.add(trained, seed=seed)
+    for i, role in enumerate(trained):
+        adapted.add(role, seed=seed + i)
     return adapted

@@ -73,30 +73,47 @@ def pairwise_loss(
     rejected_scores: Tensor,
     *,
     weights: Tensor | None = None,
+    probabilities: Tensor | None = None,
     margins: Tensor | None = None,
     label_smoothing: float = 0.0,
     centering_coef: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Bradley-Terry negative log-likelihood (Ouyang et al. 2022, eq. 1), summed over pairs.
 
-        L = sum -(1 - e) log sigmoid(d - m) - e log sigmoid(-(d - m)) + c (s_w + s_l)^2,   d = s_w - s_l
+        L = sum -q log sigmoid(d - m) - (1 - q) log sigmoid(-(d - m)) + c (s_w + s_l)^2
+        d = s_w - s_l,   q = p (1 - e) + (1 - p) e
 
-    m asks for a wider gap where people saw one (Touvron et al. 2023, eq. 2); e is the share of labels held to
-    be wrong, and keeps the scores of noisy pairs finite; c keeps scores near zero (Eisenstein et al. 2023,
-    section 2), which the likelihood alone leaves free. Each pair counts its weight, 1 without `weights`.
+    p is the probability that w is the better one, 1 without `probabilities`: soft labels (Lee et al. 2023,
+    "RLAIF"), and ties at 1/2. m asks for a wider gap where people saw one (Touvron et al. 2023, eq. 2); e
+    is the share of labels held to be wrong, and keeps the scores of noisy pairs finite; c keeps scores near
+    zero (Eisenstein et al. 2023, section 2), which the likelihood alone leaves free. Each pair counts its
+    weight, 1 without `weights`.
 
     Shapes: (B,) each.
     """
     gap = chosen_scores - rejected_scores
     counts = torch.ones_like(gap) if weights is None else weights
     wanted = gap if margins is None else gap - margins
-    loss = -logsigmoid(wanted)
-    if label_smoothing > 0.0:
-        loss = (1.0 - label_smoothing) * loss - label_smoothing * logsigmoid(-wanted)
+    sure = torch.ones_like(gap) if probabilities is None else probabilities
+    q = sure * (1.0 - label_smoothing) + (1.0 - sure) * label_smoothing
+    loss = -q * logsigmoid(wanted) - (1.0 - q) * logsigmoid(-wanted)
     if centering_coef > 0.0:
         loss = loss + centering_coef * (chosen_scores + rejected_scores) ** 2
     seen = gap.detach()
     return (counts * loss).sum(), {
-        "train/accuracy": (counts * (seen > 0)).sum(),
+        "train/accuracy": (counts * torch.where(seen > 0, sure, 1.0 - sure)).sum(),
         "train/margin": (counts * seen).sum(),
     }
+
+
+def rating_loss(
+    scores: Tensor, ratings: Tensor, *, weights: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Half the squared distance between scores and ratings, summed over answers.
+
+    The regression of a reward model on absolute judgements (Wang et al. 2024, "HelpSteer2").
+    Shapes: (N,) each.
+    """
+    counts = torch.ones_like(scores) if weights is None else weights
+    error = (counts * (scores - ratings) ** 2).sum()
+    return 0.5 * error, {"train/rating_error": error.detach()}

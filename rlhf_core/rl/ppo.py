@@ -47,6 +47,20 @@ class Actors:
             return []
         return [*self.roles.parameters("critic"), *self.value_head.parameters()]
 
+    def rollout_flops(self, rollout: Rollout) -> float:
+        """Generation, and one pass of policy, reference, critic and each reward model."""
+        tokens, predicted = rollout.work()
+        flops = self.roles.flops("policy")
+        others = len(self.scorer.members) + (self.value_head is not None)
+        return 3 * flops.forward(tokens, predicted) + others * flops.forward(tokens)
+
+    def update_flops(self, rollout: Rollout) -> float:
+        """One pass of training over the rollout."""
+        tokens, predicted = rollout.work()
+        flops = self.roles.flops("policy")
+        critic = 0.0 if self.value_head is None else flops.training(tokens)
+        return flops.training(tokens, predicted) + critic
+
     def logprobs(
         self, role: str, batch: TokenBatch, temperature: float, *, entropy_gradient: bool = False
     ) -> tuple[Tensor, Tensor]:
@@ -96,6 +110,11 @@ class Rollout:
     def kl(self) -> Tensor:
         """KL to the reference by episode, (B,): the k1 estimate summed over tokens, in nats."""
         return (self.logprobs - self.ref_logprobs).masked_fill(~self.response_mask, 0.0).sum(dim=1)
+
+    def work(self) -> tuple[int, int]:
+        """Tokens of the episodes, a prompt counted once, and tokens of the responses."""
+        responses = sum(len(answer.token_ids) for answer in self.answers)
+        return sum(map(len, set(map(tuple, self.prompts)))) + responses, responses
 
     def select(self, rows: Sequence[int]) -> Rollout:
         """The episodes `rows`, trimmed to their longest response."""

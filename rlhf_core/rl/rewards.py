@@ -18,7 +18,9 @@ Messages = list[dict[str, str]]
 class Scorer(Protocol):
     """A reward model. It is given texts, so its tokenizer and template may differ from the policy's."""
 
-    def score(self, conversations: Sequence[Messages], responses: Sequence[str]) -> list[float]: ...
+    def member_scores(self, conversations: Sequence[Messages], responses: Sequence[str]) -> Tensor:
+        """Normalised, (members of the ensemble, B)."""
+        ...
 
 
 class RewardFunction(Protocol):
@@ -71,7 +73,10 @@ def reward_parts(
 ) -> dict[str, Tensor]:
     """The parts of the reward by name, (B,) float32 each; penalties are negative, and absent when off."""
     texts = [answer.text for answer in answers]
-    parts = {"reward_model": torch.tensor(scorer.score(conversations, texts))}
+    members = scorer.member_scores(conversations, texts)
+    parts = {"reward_model": members.mean(dim=0)}
+    if config.ensemble != "mean":
+        parts["disagreement"] = disagreement(members, config)
     if function is not None:
         prompts = [messages[-1]["content"] for messages in conversations]
         parts["function"] = torch.tensor(function.score(prompts, texts))
@@ -84,3 +89,14 @@ def reward_parts(
         if price > 0.0:
             parts[name] = -price * torch.tensor(amounts, dtype=torch.float32)
     return parts
+
+
+def disagreement(members: Tensor, config: PPOConfig) -> Tensor:
+    """What doubt takes from the mean of an ensemble, (members, B) -> (B,), never positive.
+
+    `worst` leaves the lowest score, `uncertainty` takes off the variance times its price, WCO and UWO of
+    Coste et al. (2023).
+    """
+    if config.ensemble == "worst":
+        return members.min(dim=0).values - members.mean(dim=0)
+    return -config.uncertainty_coef * members.var(dim=0, unbiased=False)

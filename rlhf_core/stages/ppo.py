@@ -29,7 +29,13 @@ from rlhf_core.errors import InputError
 from rlhf_core.labelers import FunctionLabeler, Labeler, make_labeler
 from rlhf_core.layout import Layout
 from rlhf_core.modeling.loading import load_policy, load_tokenizer, read_provenance
-from rlhf_core.modeling.reward import load_head, load_normalisation, scorer_of_role
+from rlhf_core.modeling.reward import (
+    load_head,
+    load_normalisation,
+    member_directories,
+    member_role,
+    scorer_of_roles,
+)
 from rlhf_core.modeling.roles import REFERENCE, FullRoles, Roles, adapter_roles
 from rlhf_core.optim import SkipGuard
 from rlhf_core.rl.alarms import alarms
@@ -60,7 +66,9 @@ def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
     sections = {"run", "model", "ppo"} | ({"sft"} if config.ptx_coef else set())
     origin = {
         "params": params.model_dump(mode="json", include=sections),
-        "inputs": inputs_digest([layout.model("sft"), layout.model("reward"), prompt_file, *mixed_in]),
+        "inputs": inputs_digest(
+            [layout.model("sft"), *member_directories(layout.model("reward")), prompt_file, *mixed_in]
+        ),
     }
     checkpoints = Checkpoints(layout.run_dir("ppo") / "checkpoints", origin)
     mix = DemonstrationMix(actors.roles, params, demonstrations) if config.ptx_coef else None
@@ -72,8 +80,9 @@ def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
 
 
 def open_actors(params: Params, layout: Layout) -> Actors:
-    """Actor and reference start from SFT, critic and reward model from the reward model."""
+    """Actor and reference start from SFT, the critic from the first member of the reward model."""
     sft, reward = layout.model("sft"), layout.model("reward")
+    members = member_directories(reward)
     roles: Roles
     if params.model.finetuning == "full":
         roles = FullRoles(load_tokenizer(sft), params)
@@ -81,19 +90,22 @@ def open_actors(params: Params, layout: Layout) -> Actors:
         roles.add(REFERENCE, path=sft, trained=False)
         if params.ppo.has_critic:
             roles.add("critic", path=reward)
-        roles.add("reward", path=reward, trained=False)
+        for i, directory in enumerate(members):
+            roles.add(member_role(i), path=directory, trained=False)
     else:
         model, tokenizer = load_policy(sft, params.run)
         roles = adapter_roles(model, tokenizer, params)
         roles.add("policy", seed=params.run.seed)
         if params.ppo.has_critic:
             roles.add("critic", seed=0, start=reward)
-        roles.add("reward", seed=0, start=reward)
+        for i, directory in enumerate(members):
+            roles.add(member_role(i), seed=0, start=directory)
     with roles.using("policy") as model:
-        head = load_head(reward, model.config.hidden_size).to(roles.device)
-    normalisation = load_normalisation(reward)
-    scorer = scorer_of_role(roles, copy.deepcopy(head), normalisation, load_tokenizer(reward))
-    normalisation.fold_into(head)
+        heads = [load_head(path, model.config.hidden_size).to(roles.device) for path in members]
+    constants = [load_normalisation(path) for path in members]
+    scorer = scorer_of_roles(roles, heads, constants, reward)
+    head = copy.deepcopy(heads[0])
+    constants[0].fold_into(head)
     target = params.ppo.reward_function
     function = FunctionLabeler(target, layout.root) if target else None
     return Actors(roles, head if params.ppo.has_critic else None, scorer, function)
@@ -164,6 +176,8 @@ class Training:
         self.average = [p.detach().clone() for p in actors.policy_parameters()] if config.ema_decay else []
         self.snapshot: Snapshot | None = None
         self.seconds: dict[str, float] = {}
+        self.flops = {"rollout": 0.0, "update": 0.0}
+        self.tokens = 0  # of responses, since this process began
 
     def run(self) -> dict[str, float]:
         """Alternate rollouts and updates; the last rollout only measures what training ends with."""
@@ -172,6 +186,8 @@ class Training:
         self.tracker.progress(start, config.num_updates)
         for number in range(start, config.num_updates + 1):
             rollout = self.timed("rollout", lambda n=number: self.rollout(n))
+            self.flops["rollout"] += self.actors.rollout_flops(rollout)
+            self.tokens += int(rollout.response_mask.sum())
             metrics = rollout_metrics(rollout, config, self.kl.coef) | self.gold_metrics(rollout)
             over_budget = metrics["objective/kl"] > config.kl_budget
             if over_budget or number == config.num_updates:
@@ -180,6 +196,8 @@ class Training:
             self.snapshot = Snapshot(number, self.to_keep())
             self.set_learning_rates(number)
             metrics |= self.timed("update", lambda n=number, r=rollout: self.update(n, r))
+            passes = metrics["policy/num_steps"] * config.minibatch_size / config.rollout_batch_size
+            self.flops["update"] += passes * self.actors.update_flops(rollout)
             all_skipped = metrics.get("policy/skipped_steps") == metrics["policy/num_steps"]
             if metrics.get("policy/skipped_steps"):
                 self.tracker.table("skipped_batch", sample_rows(number, rollout, len(rollout.answers)))
@@ -194,7 +212,7 @@ class Training:
             self.set_policy(self.average)
         first = self.tracker.history[0]
         last = self.tracker.history[-2 if over_budget else -1]
-        self.log_speed(number)
+        self.log_speed()
         return final_metrics(first, last, number, over_budget, config)
 
     def to_keep(self) -> list[Tensor]:
@@ -264,10 +282,11 @@ class Training:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - started
         return result
 
-    def log_speed(self, updates: int) -> None:
-        tokens = sum(row["rollout/tokens"] for row in self.tracker.history)
-        perf = {f"perf/{phase}_seconds": seconds for phase, seconds in self.seconds.items()}
-        perf["perf/response_tokens_per_second"] = tokens / max(1e-9, sum(self.seconds.values()))
+    def log_speed(self) -> None:
+        perf = {"perf/response_tokens_per_second": self.tokens / max(1e-9, sum(self.seconds.values()))}
+        for phase, seconds in self.seconds.items():
+            perf[f"perf/{phase}_seconds"] = seconds
+            perf[f"perf/{phase}_gflops_per_second"] = self.flops[phase] / 1e9 / max(1e-9, seconds)
         self.tracker.log_perf(perf)
 
     def save(self, number: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from rlhf_core.atomic import staged_dir
 from rlhf_core.config import Params, PreferencesConfig
-from rlhf_core.data.rows import read_rows, write_rows
+from rlhf_core.data.rows import TIE, is_tie, known, read_rows, write_rows
 from rlhf_core.errors import InputError
 from rlhf_core.generation import Generation, generate
 from rlhf_core.labelers import make_labeler
@@ -37,6 +37,14 @@ class Pair:
     @property
     def gap(self) -> float:
         return self.chosen_score - self.rejected_score
+
+    def probability(self, config: PreferencesConfig) -> float:
+        """That the chosen answer is the better one; TIE where the gap is below `min_margin`."""
+        if self.gap < config.min_margin or self.gap == 0.0:
+            return TIE
+        if config.label_temperature == 0.0:
+            return 1.0
+        return 1.0 / (1.0 + math.exp(-self.gap / config.label_temperature))
 
 
 def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
@@ -65,7 +73,8 @@ def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
             rows = balance_length(rows, rng)
             counts["unbalanced"] -= len(rows)
         flip_labels(rows, config.label_noise, rng)
-        human = human_rows(read_rows(layout.prepared_file("preferences", split)), config.max_human_pairs)
+        human = read_rows(layout.prepared_file("preferences", split))
+        human = human_rows(human, config.max_human_pairs, keep_ties=config.keep_ties)
         outputs[split] = rows + human
         metrics |= _split_metrics(split, len(prompts[split]), rows, human, counts)
         if not outputs[split]:
@@ -121,17 +130,17 @@ def label(
     config: PreferencesConfig,
     source: str,
 ) -> tuple[list[Row], Counter[str]]:
-    """Rows of the pairs kept, and counts of what was not: ties, blank answers, spare pairs."""
+    """Rows of the pairs kept, and counts of ties, blank answers and pairs to spare."""
     rows: list[Row] = []
     counts: Counter[str] = Counter()
     for prompt, answers in zip(prompts, scored, strict=True):
         counts["blank_answers"] += sum(not text for text, _ in answers)
-        pairs = all_pairs(answers)
-        clear = [pair for pair in pairs if pair.gap >= config.min_margin and pair.gap > 0]
-        kept = clear[: config.pairs_per_prompt]
-        counts["ties"] += len(pairs) - len(clear)
-        counts["spare"] += len(clear) - len(kept)
-        rows += [_row(prompt, pair, source) for pair in kept]
+        pairs = [(pair, pair.probability(config)) for pair in all_pairs(answers)]
+        usable = [(pair, p) for pair, p in pairs if config.keep_ties or p > TIE]
+        kept = usable[: config.pairs_per_prompt]
+        counts["ties"] += sum(p == TIE for _, p in pairs)
+        counts["spare"] += len(usable) - len(kept)
+        rows += [_row(prompt, pair, p, source) for pair, p in kept]
     return rows, counts
 
 
@@ -148,12 +157,13 @@ def all_pairs(answers: Sequence[tuple[str, float]]) -> list[Pair]:
     return sorted(pairs, key=lambda pair: -pair.gap)
 
 
-def _row(prompt: Row, pair: Pair, source: str) -> Row:
+def _row(prompt: Row, pair: Pair, probability: float, source: str) -> Row:
     return {
         "prompt": prompt["prompt"],
         "messages": prompt["messages"],
         "chosen": pair.chosen,
         "rejected": pair.rejected,
+        "probability": probability,
         "margin": pair.gap,
         "chosen_score": pair.chosen_score,
         "rejected_score": pair.rejected_score,
@@ -165,6 +175,7 @@ def _row(prompt: Row, pair: Pair, source: str) -> Row:
 def balance_length(rows: Sequence[Row], rng: random.Random) -> list[Row]:
     """Rows whose chosen answer is the longer one as often as the shorter one, whatever the gap in length.
 
+    Ties are all kept: they teach that length does not matter.
     Among rows whose lengths differ by about as much (less than 20, 40, 80, ... characters) the side that is
     more frequent loses rows at random. Most labelers like length, and a reward model learns that first
     (Singhal et al. 2023, section 5.2, balance their data likewise).
@@ -173,7 +184,7 @@ def balance_length(rows: Sequence[Row], rng: random.Random) -> list[Row]:
     kept = set()
     for i, row in enumerate(rows):
         gap = len(row["chosen"]) - len(row["rejected"])
-        if gap:
+        if gap and not is_tie(row):
             bins.setdefault((abs(gap) // 20).bit_length(), ([], []))[gap > 0].append(i)
         else:
             kept.add(i)
@@ -191,18 +202,11 @@ def flip_labels(rows: Sequence[Row], share: float, rng: random.Random) -> None:
         row["chosen_score"], row["rejected_score"] = row["rejected_score"], row["chosen_score"]
 
 
-def human_rows(rows: Sequence[Row], most: int) -> list[Row]:
+def human_rows(rows: Sequence[Row], most: int, *, keep_ties: bool) -> list[Row]:
     """At most `most` human pairs, the highest margin first, then those without one."""
-
-    def key(row: Row) -> float:
-        margin = row["margin"]
-        return math.inf if margin is None or math.isnan(margin) else -margin
-
-    chosen = sorted(rows, key=key)[:most]
-    return [
-        row | {"source": f"human:{row['source']}", "chosen_score": math.nan, "rejected_score": math.nan}
-        for row in chosen
-    ]
+    usable = [row for row in rows if keep_ties or not is_tie(row)]
+    chosen = sorted(usable, key=lambda row: -known(row["margin"], -math.inf))[:most]
+    return [row | {"source": f"human:{row['source']}"} for row in chosen]
 
 
 def _split_metrics(

@@ -3,80 +3,51 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlhf_core import ranks
-from rlhf_core.atomic import staged_dir, write_text
+from rlhf_core.atomic import staged_dir
 from rlhf_core.checkpoint import Checkpoints, inputs_digest
 from rlhf_core.config import Params, RewardConfig
-from rlhf_core.data.rows import read_rows
+from rlhf_core.data.rows import TIE
 from rlhf_core.errors import InputError
+from rlhf_core.evaluation.reward_model import ensemble_metrics, evaluate_reward_model, write_pairs
 from rlhf_core.layout import Layout
-from rlhf_core.modeling.encoding import encode_prompt, encode_response, make_batch
+from rlhf_core.modeling.encoding import make_batch
 from rlhf_core.modeling.loading import read_provenance, write_provenance
-from rlhf_core.modeling.reward import Normalisation, ScalarHead, last_response_hidden, save_reward_model
+from rlhf_core.modeling.pairs import Pair, Ranking, Rating, encode_pairs, rankings
+from rlhf_core.modeling.reward import (
+    Normalisation,
+    ScalarHead,
+    last_response_hidden,
+    member_directory,
+    member_role,
+    save_reward_model,
+)
 from rlhf_core.modeling.roles import Roles, open_roles
-from rlhf_core.rl.losses import pairwise_loss
+from rlhf_core.rl.losses import pairwise_loss, rating_loss
 from rlhf_core.tracking import Tracker
 from rlhf_core.training import Schedule, Task, in_micro_batches, train
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-ROLE = "reward"
 NORMALISATION_PAIRS = 64  # 128 scores: a mean to within a tenth of a standard deviation
 
 
-@dataclass(frozen=True)
-class Pair:
-    prompt: list[int]
-    chosen: list[int]  # ends with EOS
-    rejected: list[int]  # ends with EOS
-    margin: float  # of the labels, 0 when there is none
-    group: str  # pairs of one prompt are not independent
-    source: str  # "human:..." or "ai:..."
-
-    def __len__(self) -> int:
-        """Tokens of the longer side."""
-        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
-
-
-SUBSETS: dict[str, Callable[[Pair], bool]] = {
-    "ai": lambda pair: pair.source.startswith("ai:"),
-    "human": lambda pair: pair.source.startswith("human:"),
-    "longer_chosen": lambda pair: len(pair.chosen) > len(pair.rejected),
-    "shorter_chosen": lambda pair: len(pair.chosen) < len(pair.rejected),
-}
-
-
-Ranking = tuple[Pair, ...]  # the pairs of one prompt
-
-
-def rankings(pairs: Sequence[Pair]) -> list[Ranking]:
-    """The pairs of each prompt together, in the order in which the prompts first come."""
-    groups: dict[tuple[int, ...], list[Pair]] = {}
-    for pair in pairs:
-        groups.setdefault(tuple(pair.prompt), []).append(pair)
-    return [tuple(group) for group in groups.values()]
-
-
 class PairwiseTask(Task):
-    """-log sigmoid(score of chosen - score of rejected) over rankings.
+    """-log sigmoid(score of chosen - score of rejected) over rankings, or regression on the answers' ratings.
 
     All pairs of one prompt are in one micro-batch, so each answer is scored once, and count 1 together
     (Ouyang et al. 2022, section 3.5: 1 / C(K, 2) each), so a prompt with many answers is not overfitted.
+    With several heads each has a role of its own, and losses and metrics are means over these members.
     """
 
     def __init__(
-        self, roles: Roles, head: ScalarHead, eval_rows: Sequence[Pair], config: RewardConfig
+        self, roles: Roles, heads: Sequence[ScalarHead], eval_rows: Sequence[Pair], config: RewardConfig
     ) -> None:
-        self.roles, self.head = roles, head
+        self.roles, self.heads = roles, heads
         self.eval_rows = eval_rows
         self.config = config
 
@@ -86,19 +57,21 @@ class PairwiseTask(Task):
     def weight(self, rows: Sequence[Ranking]) -> float:
         return float(len(rows))
 
+    def flops(self, rows: Sequence[Ranking]) -> float:
+        """Each prompt counts once, and so does each of its answers."""
+        answers = [{tuple(side) for pair in row for side in (pair.chosen, pair.rejected)} for row in rows]
+        tokens = sum(len(row[0].prompt) for row in rows)
+        tokens += sum(len(answer) for own in answers for answer in own)
+        return len(self.heads) * self.roles.flops(member_role(0)).training(tokens)
+
     def loss(self, rows: Sequence[Ranking]) -> tuple[Tensor, dict[str, Tensor]]:
         pairs = [pair for row in rows for pair in row]
-        device = self.roles.device
-        return pairwise_loss(
-            *self.scores(pairs),
-            weights=torch.tensor([1.0 / len(row) for row in rows for _ in row], device=device),
-            margins=self.config.margin_scale * torch.tensor([pair.margin for pair in pairs], device=device),
-            label_smoothing=self.config.label_smoothing,
-            centering_coef=self.config.centering_coef,
-        )
+        weights = [1.0 / len(row) / len(self.heads) for row in rows for _ in row]
+        chosen, rejected = self.scores(pairs)
+        return objective(pairs, chosen, rejected, weights, self.config)
 
     def scores(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-        """Raw scores of the chosen and the rejected responses, (B,) each."""
+        """Raw scores of the chosen and the rejected responses, (members, B) each."""
         sides = [(tuple(pair.prompt), tuple(pair.chosen)) for pair in pairs]
         sides += [(tuple(pair.prompt), tuple(pair.rejected)) for pair in pairs]
         index = {side: i for i, side in enumerate(dict.fromkeys(sides))}
@@ -108,21 +81,24 @@ class PairwiseTask(Task):
             self.roles.tokenizer.pad_token_id,
             self.roles.device,
         )
-        scores = self.head(last_response_hidden(self.roles.hidden(ROLE, *batch.inputs), batch))
-        chosen, rejected = scores[[index[side] for side in sides]].chunk(2)
+        hidden = (self.roles.hidden(member_role(i), *batch.inputs) for i in range(len(self.heads)))
+        scores = [
+            head(last_response_hidden(own, batch)) for head, own in zip(self.heads, hidden, strict=True)
+        ]
+        chosen, rejected = torch.stack(scores)[:, [index[side] for side in sides]].chunk(2, dim=-1)
         return chosen, rejected
 
     @torch.no_grad()
     def all_scores(self, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-        """Raw scores in the order of `pairs`."""
+        """Raw scores in the order of `pairs`, (members, B) each."""
         index = {id(pair): i for i, pair in enumerate(pairs)}
-        chosen, rejected = torch.zeros(len(pairs)), torch.zeros(len(pairs))
+        chosen, rejected = torch.zeros(2, len(self.heads), len(pairs))
         parts = in_micro_batches(rankings(pairs), self.config.micro_batch_size, self.length)
         parts = [[pair for row in rows for pair in row] for rows in parts]
         scores = ranks.gather([torch.stack(self.scores(part)).cpu() for part in ranks.share(parts)])
         for part, found in zip(parts, scores, strict=True):
             where = [index[id(pair)] for pair in part]
-            chosen[where], rejected[where] = found
+            chosen[:, where], rejected[:, where] = found
         return chosen, rejected
 
     def describe(self, row: Ranking) -> dict[str, Any]:
@@ -133,49 +109,92 @@ class PairwiseTask(Task):
         }
 
     def evaluate(self) -> dict[str, float]:
-        loss, stats = pairwise_loss(*self.all_scores(self.eval_rows))
-        count = len(self.eval_rows)
-        return {
-            "eval/loss": float(loss) / count,
-            "eval/accuracy": float(stats["train/accuracy"]) / count,
-            "eval/margin": float(stats["train/margin"]) / count,
-        }
+        rows = self.eval_rows
+        plain = {"margin_scale": 0.0, "label_smoothing": 0.0, "centering_coef": 0.0}
+        config = self.config.model_copy(update=plain)  # the likelihood alone, to compare across settings
+        chosen, rejected = self.all_scores(rows)
+        loss, stats = objective(rows, chosen, rejected, [1.0] * len(rows), config)
+        count = len(rows) * len(self.heads)
+        named = {"eval/loss": loss} | {name.replace("train/", "eval/"): x for name, x in stats.items()}
+        return {name: float(value) / count for name, value in named.items()}
+
+
+def objective(
+    pairs: Sequence[Pair], chosen: Tensor, rejected: Tensor, weights: Sequence[float], config: RewardConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Summed loss and metrics of scores, (members, B) each; every member counts each pair its weight."""
+
+    def column(values: Iterable[float]) -> Tensor:
+        return torch.tensor(list(values), device=chosen.device)
+
+    loss, stats = pairwise_loss(
+        chosen,
+        rejected,
+        weights=column(weights),
+        probabilities=column(pair.probability for pair in pairs),
+        margins=config.margin_scale * column(pair.margin for pair in pairs),
+        label_smoothing=config.label_smoothing,
+        centering_coef=config.centering_coef,
+    )
+    if config.objective == "pairwise":
+        return loss, stats
+    rated = [pair.ratings for pair in pairs if pair.ratings is not None]
+    ratings = column(rating[side] for side in (0, 1) for rating in rated)
+    halves = column(weights).repeat(2) / 2  # an answer counts as each of its pairs does
+    regression, errors = rating_loss(torch.cat([chosen, rejected], dim=-1), ratings, weights=halves)
+    return regression, stats | errors
 
 
 def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
     config = params.reward
     files = {split: layout.preferences / f"{split}.parquet" for split in ("train", "eval")}
-    roles = open_roles(params, layout.model("sft"), trained=ROLE, seed=params.run.seed)
+    names = [member_role(i) for i in range(config.ensemble_size)]
+    roles = open_roles(params, layout.model("sft"), trained=names, seed=params.run.seed)
     train_rows, too_long = encode_pairs(roles.tokenizer, files["train"], config.max_length)
     eval_rows, _ = encode_pairs(roles.tokenizer, files["eval"], config.max_length)
     for split, file in files.items():
         tracker.dataset("preferences", file, "training" if split == "train" else "evaluation")
 
-    with roles.using(ROLE) as model:
-        head = ScalarHead(model.config.hidden_size, seed=params.run.seed).to(roles.device)
+    rated = Rating.of(train_rows) if config.objective == "rating" else None
+    used, eval_rows = (train_rows, eval_rows) if rated is None else map(rated.rated, (train_rows, eval_rows))
+    if not used or not eval_rows:
+        raise InputError(
+            f"{files['eval' if used else 'train']}: no pair has ratings of both answers, which "
+            "reward.objective = rating needs; use pairwise"
+        )
+    with roles.using(names[0]) as model:
+        size = model.config.hidden_size
+    heads = [ScalarHead(size, params.run.seed + i).to(roles.device) for i in range(len(names))]
     watched = eval_rows[:: math.ceil(len(eval_rows) / config.num_watched_pairs)]  # of every source
-    task = PairwiseTask(roles, head, watched, config)
+    task = PairwiseTask(roles, heads, watched, config)
     origin = {
         "params": params.model_dump(mode="json", include={"run", "model", "reward"}),
         "inputs": inputs_digest([layout.model("sft"), *files.values()]),
     }
     checkpoints = Checkpoints(layout.run_dir("reward") / "checkpoints", origin)
-    parameters = [*roles.parameters(ROLE), *head.parameters()]
-    rows = rankings(train_rows)
+    parameters = [p for name in names for p in roles.parameters(name)]
+    parameters += [p for head in heads for p in head.parameters()]
+    rows = rankings(used)
     schedule = make_schedule(config, len(rows))
     train(task, rows, parameters, schedule, checkpoints, tracker, seed=params.run.seed)
-    scores = task.all_scores(eval_rows)
-    metrics = evaluate_reward_model(eval_rows, scores, params)
-    normalisation = fit_normalisation(task, train_rows)
-    write_pairs(layout.pair_scores, eval_rows, scores, normalisation)
-    _save(roles, head, normalisation, params, layout)
+    decided = [row for row in eval_rows if row.probability > TIE] or eval_rows
+    scores = task.all_scores(decided)
+    constants = fit_normalisation(task, used)
+    metrics = evaluate_reward_model(decided, scores, params)
+    metrics |= ensemble_metrics(scores, constants) if len(heads) > 1 else {}
+    if ranks.is_first():
+        write_pairs(layout.pair_scores, decided, scores, constants)
+        _save(roles, heads, constants, params, layout)
     checkpoints.clear()
     return {
-        "reward/num_train_pairs": len(train_rows),
+        "reward/num_train_pairs": len(used),
         "reward/num_train_prompts": len(rows),
         "reward/num_too_long": too_long,
-        "reward/score_mean": normalisation.mean,
-        "reward/score_std": normalisation.std,
+        "reward/num_unrated": len(train_rows) - len(used),
+        "reward/num_train_ties": sum(pair.probability == TIE for pair in used),
+        "reward/num_eval_ties": len(eval_rows) - len(decided),
+        "reward/score_mean": constants[0].mean,
+        "reward/score_std": constants[0].std,
         **metrics,
     }
 
@@ -196,115 +215,37 @@ def make_schedule(config: RewardConfig, num_rows: int) -> Schedule:
     )
 
 
-def encode_pairs(tokenizer: PreTrainedTokenizerBase, path: Path, max_length: int) -> tuple[list[Pair], int]:
-    """The pairs of `path` that fit, and how many did not. Raises InputError when none fits."""
-    rows = read_rows(path)
-    pairs = [
-        Pair(
-            prompt=encode_prompt(tokenizer, row["messages"]),
-            chosen=encode_response(tokenizer, row["chosen"]),
-            rejected=encode_response(tokenizer, row["rejected"]),
-            margin=margin_of(row),
-            group=row["prompt"],
-            source=row["source"],
-        )
-        for row in rows
-    ]
-    fitting = [pair for pair in pairs if len(pair) <= max_length]
-    if not fitting:
-        raise InputError(
-            f"{path}: none of {len(rows)} pairs fits into reward.max_length = {max_length} tokens"
-        )
-    return fitting, len(pairs) - len(fitting)
-
-
-def margin_of(row: Mapping[str, Any]) -> float:
-    """The labels' margin of a row, 0 when it has none."""
-    margin = row["margin"]
-    return 0.0 if margin is None or math.isnan(margin) else float(margin)
-
-
-def fit_normalisation(task: PairwiseTask, rows: Sequence[Pair]) -> Normalisation:
-    """Mean and standard deviation of the raw scores on answers of the SFT model, which is PPO's reference.
+def fit_normalisation(task: PairwiseTask, rows: Sequence[Pair]) -> list[Normalisation]:
+    """By member: mean and standard deviation of the raw scores on answers of the SFT model, PPO's reference.
 
     Human pairs hold no such answers; they are used only where there is nothing else.
     """
     own = [row for row in rows if row.source.startswith("ai:")] or list(rows)
     own = own[:: math.ceil(len(own) / NORMALISATION_PAIRS)]
-    scores = torch.cat(task.all_scores(own)).double()
-    return Normalisation(mean=scores.mean().item(), std=max(scores.std(unbiased=False).item(), 1e-6))
-
-
-def evaluate_reward_model(
-    rows: Sequence[Pair], scores: tuple[Tensor, Tensor], params: Params
-) -> dict[str, float]:
-    """Accuracy on held-out pairs with its interval, beside what the answers' length alone can tell.
-
-    `scores` are the raw ones of the chosen and of the rejected responses, (B,) each.
-    """
-    from rlhf_core.evaluation.statistics import (
-        accuracy_with_interval,
-        brier_score,
-        expected_calibration_error,
-        length_baseline_accuracy,
-    )
-
-    chosen, rejected = scores
-    loss, _ = pairwise_loss(chosen, rejected)
-    correct = (chosen > rejected).tolist()
-    probabilities = torch.sigmoid(chosen.double() - rejected.double()).tolist()
-    confidence, seed = params.reward.confidence, params.run.seed
-    interval = accuracy_with_interval(correct, [row.group for row in rows], confidence=confidence, seed=seed)
-    metrics = {
-        "reward/num_eval_pairs": len(rows),
-        "reward/accuracy": interval.estimate,
-        "reward/accuracy_low": interval.low,
-        "reward/accuracy_high": interval.high,
-        "reward/length_baseline_accuracy": length_baseline_accuracy(
-            [len(row.chosen) for row in rows], [len(row.rejected) for row in rows]
-        ),
-        "reward/loss": float(loss) / len(rows),
-        "reward/margin": float((chosen - rejected).mean()),
-        "reward/brier": brier_score(probabilities),
-        "reward/ece": expected_calibration_error(probabilities),
-    }
-    for name, belongs in SUBSETS.items():
-        own = [c for c, row in zip(correct, rows, strict=True) if belongs(row)]
-        if own:
-            metrics[f"reward/accuracy_{name}"] = sum(own) / len(own)
-            metrics[f"reward/num_eval_pairs_{name}"] = len(own)
-    return metrics
-
-
-def write_pairs(
-    path: Path, rows: Sequence[Pair], scores: tuple[Tensor, Tensor], normalisation: Normalisation
-) -> None:
-    """One line a held-out pair: normalised scores, and the probability given to the chosen answer."""
-    if not ranks.is_first():
-        return
-    chosen, rejected = (side.double() for side in scores)
-    probabilities = torch.sigmoid(chosen - rejected).tolist()
-    columns = [normalisation.apply(side).tolist() for side in (chosen, rejected)]
-    lines = ["source,longer,chosen,rejected,probability"]
-    for row, a, b, p in zip(rows, *columns, probabilities, strict=True):
-        longer = "chosen" if len(row.chosen) > len(row.rejected) else "rejected"
-        longer = "neither" if len(row.chosen) == len(row.rejected) else longer
-        lines.append(f"{row.source.partition(':')[0]},{longer},{a:.6g},{b:.6g},{p:.6g}")
-    write_text(path, "\n".join(lines) + "\n")
+    scores = torch.cat(task.all_scores(own), dim=-1).double()
+    return [
+        Normalisation(mean=own.mean().item(), std=max(own.std(unbiased=False).item(), 1e-6)) for own in scores
+    ]
 
 
 def _save(
-    roles: Roles, head: ScalarHead, normalisation: Normalisation, params: Params, layout: Layout
+    roles: Roles,
+    heads: Sequence[ScalarHead],
+    constants: Sequence[Normalisation],
+    params: Params,
+    layout: Layout,
 ) -> None:
-    if not ranks.is_first():
-        return
+    dtype = getattr(torch, params.model.save_dtype)
+    facts: dict[str, object] = {
+        "stage": "reward",
+        "finetuning": params.model.finetuning,
+        "base": read_provenance(layout.model("sft")),
+    }
     with staged_dir(layout.model("reward")) as out:
-        trunk = roles.export(ROLE, out, "SEQ_CLS")
-        save_reward_model(trunk, head, normalisation, out, getattr(torch, params.model.save_dtype))
-        roles.tokenizer.save_pretrained(out)
-        facts: dict[str, object] = {
-            "stage": "reward",
-            "finetuning": params.model.finetuning,
-            "base": read_provenance(layout.model("sft")),
-        }
-        write_provenance(out, facts)
+        for i, (head, normalisation) in enumerate(zip(heads, constants, strict=True)):
+            directory = member_directory(out, i)
+            directory.mkdir(parents=True, exist_ok=True)
+            trunk = roles.export(member_role(i), directory, "SEQ_CLS", more_to_come=i + 1 < len(heads))
+            save_reward_model(trunk, head, normalisation, directory, dtype)
+            roles.tokenizer.save_pretrained(directory)
+            write_provenance(directory, facts)

@@ -62,6 +62,9 @@ class CompletionTask(Task):
     def weight(self, rows: Sequence[Example]) -> float:
         return float(sum(sum(row.targets) for row in rows))
 
+    def flops(self, rows: Sequence[Example]) -> float:
+        return self.roles.flops(ROLE).training(sum(map(len, rows)), sum(sum(row.targets) for row in rows))
+
     def loss(self, rows: Sequence[Example]) -> tuple[Tensor, dict[str, Tensor]]:
         if not self.config.neftune_alpha:
             return self._loss(rows)
@@ -121,7 +124,7 @@ def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
     config = params.sft
     train_file = layout.prepared_file("demonstrations", "train")
     eval_file = layout.prepared_file("demonstrations", "eval")
-    roles = open_roles(params, layout.model("pretrained"), trained=ROLE, seed=params.run.seed)
+    roles = open_roles(params, layout.model("pretrained"), trained=[ROLE], seed=params.run.seed)
     train_rows, too_long = encode_file(
         roles.tokenizer, train_file, config.max_length, config.num_rows, params.run.seed, config.loss_on
     )

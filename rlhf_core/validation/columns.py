@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rlhf_core.data.rows import TEXTS
+from rlhf_core.data.rows import TEXTS, TIE, is_tie, known
 from rlhf_core.data.split import normalise
 
 if TYPE_CHECKING:
@@ -39,7 +39,9 @@ def derive(
     frame["leaks"] = [prompt in other_prompts for prompt in normal["prompt"]]
     if kind == "preferences":
         frame["same_answer"] = [a == b for a, b in zip(normal["chosen"], normal["rejected"])]
-        frame["longer_chosen"] = _longer(frame["chosen_tokens"], frame["rejected_tokens"])
+        frame["probability"] = [known(row["probability"], 1.0) for row in rows]
+        longer = _longer(frame["chosen_tokens"], frame["rejected_tokens"])
+        frame["longer_chosen"] = [TIE if is_tie(row) else x for row, x in zip(rows, longer)]
         frame["contradicts"] = _contradictions(normal)
     return frame
 

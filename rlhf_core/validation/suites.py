@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rlhf_core.config import ValidateConfig
-from rlhf_core.data.rows import SPLITS, TEXTS
+from rlhf_core.data.rows import SPLITS, TEXTS, TIE
 
 Severity = Literal["critical", "warning"]
 
@@ -83,6 +83,12 @@ def _preference_rules(config: ValidateConfig) -> list[Rule]:
     low, high = config.min_longer_chosen, config.max_longer_chosen
     return [
         never("same_answer", "critical", "chosen and rejected differ"),
+        Rule(
+            "ExpectColumnValuesToBeBetween",
+            {"column": "probability", "min_value": TIE, "max_value": 1.0},
+            "critical",
+            f"the probability that the chosen answer is better is from {TIE} (a tie) to 1",
+        ),
         never("contradicts", "warning", "no other row prefers the same answers the other way round"),
         Rule(
             "ExpectColumnMeanToBeBetween",

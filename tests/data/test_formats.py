@@ -75,6 +75,12 @@ def test_prompts_drop_the_answer_of_a_conversation():
         ("preferences", {"prompt": "x", "chosen": "y"}, "needs a column rejected"),
         ("preferences", {"prompt": "x", "chosen": [user("y")], "rejected": "z"}, "chosen must end with"),
         ("preferences", {"prompt": "x", "chosen": "y", "rejected": "z", "margin": "big"}, "margin 'big'"),
+        ("preferences", {"prompt": "x", "chosen": "y", "rejected": "z", "probability": 0.3}, "swap chosen"),
+        (
+            "preferences",
+            {"prompt": "x", "chosen": "y", "rejected": "z", "probability": 7},
+            "0.5 .a tie. to 1",
+        ),
     ],
 )
 def test_bad_row_is_told_with_its_fault(kind, values, message):
@@ -101,7 +107,9 @@ json_values = st.recursive(
     ),
     max_leaves=8,
 )
-columns = st.sampled_from(["prompt", "messages", "response", "chosen", "rejected", "margin", "other"])
+columns = st.sampled_from(
+    ["prompt", "messages", "response", "chosen", "rejected", "margin", "probability", "other"]
+)
 
 
 @given(
@@ -154,9 +162,21 @@ def test_a_ranking_gives_every_pair_the_best_first():
     assert all(math.isnan(pair[2]) for pair in found)
 
 
-def test_ratings_give_pairs_with_margins_and_ties_give_none():
-    found = pairs(responses=["a", "b", "c"], ratings=[1, "4.5", 1])
-    assert found == [("b", "a", 3.5), ("b", "c", 3.5)]
+def test_ratings_give_pairs_with_margins_and_equal_ones_are_ties():
+    found = to_rows({"prompt": "hi", "responses": ["a", "b", "c"], "ratings": [1, "4.5", 1]}, "preferences")
+    names = ("chosen", "rejected", "probability", "margin", "chosen_score", "rejected_score")
+    assert [tuple(row[name] for name in names) for row in found] == [
+        ("b", "a", 1.0, 3.5, 4.5, 1.0),
+        ("b", "c", 1.0, 3.5, 4.5, 1.0),
+        ("a", "c", 0.5, 0.0, 1.0, 1.0),
+    ]
+
+
+def test_a_label_may_be_soft_or_a_tie():
+    row = {"prompt": "hi", "chosen": "a", "rejected": "b"}
+    assert to_row(row, "preferences")["probability"] == 1.0
+    assert to_row(row | {"probability": "0.75"}, "preferences")["probability"] == 0.75
+    assert to_row(row | {"probability": 0.5}, "preferences")["probability"] == 0.5
 
 
 def test_a_ranking_may_be_json_in_a_csv_cell_or_hold_messages():
@@ -172,7 +192,6 @@ def test_a_ranking_may_be_json_in_a_csv_cell_or_hold_messages():
         ({"responses": ["a"]}, "at least 2 answers, found 1"),
         ({"responses": ["a", "b"], "ratings": [1]}, "1 and 2"),
         ({"responses": ["a", "b"], "ratings": [1, "high"]}, "rating 'high' must be a number"),
-        ({"responses": ["a", "b"], "ratings": [2, 2]}, "all ratings are equal"),
     ],
 )
 def test_a_broken_ranking_says_how(values, message):
@@ -185,9 +204,13 @@ def test_pairs_of_a_ranking_do_not_depend_on_its_order(rated):
     def found(items):
         texts, ratings = zip(*items)
         try:
-            return sorted(pairs(responses=list(texts), ratings=list(ratings)))
+            rows = to_rows(
+                {"prompt": "hi", "responses": list(texts), "ratings": list(ratings)}, "preferences"
+            )
         except RowError:
             return []
+        decided = [row for row in rows if row["probability"] == 1.0]
+        return sorted((row["chosen"], row["rejected"], row["margin"]) for row in decided)
 
     assert found(rated) == found(rated[::-1])
     assert len(found(rated)) == sum(

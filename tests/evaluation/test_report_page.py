@@ -11,8 +11,9 @@ from rlhf_core.evaluation.findings import verdict, warnings
 from rlhf_core.evaluation.html import report_html
 from rlhf_core.evaluation.plots import PLOTS, Figures, draw_plots, read_history, read_pairs
 from rlhf_core.evaluation.results import MODELS
+from rlhf_core.evaluation.reward_model import write_pairs
+from rlhf_core.modeling.pairs import Pair
 from rlhf_core.modeling.reward import Normalisation
-from rlhf_core.stages.reward import Pair, write_pairs
 
 REWARD = {
     "reward/accuracy": 0.8,
@@ -143,8 +144,8 @@ def test_pairs_are_read_as_the_reward_stage_writes_them(tmp_path):
         Pair([5, 6], [7, 2], [8, 9, 2], 0.0, "a", "ai:vader"),
         Pair([5, 6], [7, 2], [8, 2], 0.0, "b", "human:x.jsonl"),
     ]
-    scores = torch.tensor([3.0, 1.0]), torch.tensor([1.0, 2.0])
-    write_pairs(tmp_path / "pairs.csv", rows, scores, Normalisation(mean=1.0, std=2.0))
+    scores = torch.tensor([[3.0, 1.0]]), torch.tensor([[1.0, 2.0]])
+    write_pairs(tmp_path / "pairs.csv", rows, scores, [Normalisation(mean=1.0, std=2.0)])
     assert (tmp_path / "pairs.csv").read_text().splitlines()[1].startswith("ai,rejected,1,0,0.88")
     first, second = read_pairs(tmp_path / "pairs.csv")
     assert first == {"chosen": 1.0, "rejected": 0.0, "probability": 0.880797}

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from rlhf_core.rl.losses import pairwise_loss, policy_loss, value_loss
+from rlhf_core.rl.losses import pairwise_loss, policy_loss, rating_loss, value_loss
 
 CLIP = {"cliprange_low": 0.2, "cliprange_high": 0.2}
 
@@ -173,6 +173,46 @@ def test_pairwise_loss_counts_each_pair_its_weight():
     assert loss.item() == pytest.approx(sum(w * p.item() for w, (p, _) in zip(weights.tolist(), parts)))
     assert stats["train/accuracy"].item() == 0.5  # the first pair alone is right
     assert stats["train/margin"].item() == pytest.approx(0.5 * 1.0 - 0.25 * 1.0 - 2.0 * 5.0)
+
+
+def test_pairwise_loss_of_soft_labels_equals_its_definition():
+    generator = torch.Generator().manual_seed(5)
+    chosen, rejected = torch.randn(2, 4, generator=generator, dtype=torch.float64)
+    sure = torch.tensor([1.0, 0.8, 0.5, 0.6], dtype=torch.float64)
+    loss, stats = pairwise_loss(chosen, rejected, probabilities=sure, label_smoothing=0.1)
+    expected = right = 0.0
+    for w, r, p in zip(chosen.tolist(), rejected.tolist(), sure.tolist()):
+        s = 1 / (1 + math.exp(-(w - r)))
+        q = 0.9 * p + 0.1 * (1 - p)
+        expected -= q * math.log(s) + (1 - q) * math.log(1 - s)
+        right += p if w > r else 1 - p
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    assert stats["train/accuracy"].item() == pytest.approx(right)
+
+
+def test_a_tie_pulls_scores_together_whichever_side_is_higher():
+    chosen = torch.tensor([2.0, -2.0, 1.0], requires_grad=True)
+    rejected = torch.tensor([0.0, 0.0, 1.0])
+    pairwise_loss(chosen, rejected, probabilities=torch.full((3,), 0.5))[0].backward()
+    assert chosen.grad[0] > 0 > chosen.grad[1]
+    assert chosen.grad[2] == 0.0
+
+
+def test_sure_labels_are_the_same_to_the_bit_as_none():
+    scores = torch.randn(2, 50, generator=torch.Generator().manual_seed(6), requires_grad=True)
+    losses = [pairwise_loss(*scores, probabilities=sure)[0] for sure in (None, torch.ones(50))]
+    one, other = (torch.autograd.grad(loss, scores)[0] for loss in losses)
+    assert losses[0] == losses[1]
+    assert torch.equal(one, other)
+
+
+def test_rating_loss_by_hand_and_its_gradient():
+    scores = torch.tensor([1.0, -2.0], requires_grad=True)
+    loss, stats = rating_loss(scores, torch.tensor([3.0, -1.0]), weights=torch.tensor([1.0, 0.5]))
+    assert loss.item() == pytest.approx(0.5 * (4.0 + 0.5 * 1.0))
+    assert stats["train/rating_error"].item() == pytest.approx(4.5)
+    loss.backward()
+    assert scores.grad.tolist() == [-2.0, -0.5]
 
 
 def test_pairwise_loss_does_not_change_when_all_scores_shift():

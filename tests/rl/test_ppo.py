@@ -24,8 +24,8 @@ CHATS = [
 class LowercaseScorer:
     """A reward with a known optimum, 1: the share of lower-case letters."""
 
-    def score(self, conversations, responses):
-        return [sum(map(str.islower, text)) / max(1, len(text)) for text in responses]
+    def member_scores(self, conversations, responses):
+        return torch.tensor([[sum(map(str.islower, text)) / max(1, len(text)) for text in responses]])
 
 
 @pytest.fixture
@@ -102,8 +102,8 @@ def test_rollout_scores_and_masks_belong_to_their_answers(actors, config):
     rollout = collect(actors, CHATS, config, seed=2)
     lengths = [len(answer.token_ids) for answer in rollout.answers]
     assert rollout.response_mask.sum(dim=1).tolist() == lengths
-    expected = LowercaseScorer().score(None, [answer.text for answer in rollout.answers])
-    torch.testing.assert_close(rollout.scores, torch.tensor(expected))
+    (expected,) = LowercaseScorer().member_scores(None, [answer.text for answer in rollout.answers])
+    torch.testing.assert_close(rollout.scores, expected)
     part = rollout.select([3, 0])
     assert part.answers == [rollout.answers[3], rollout.answers[0]]
     assert part.response_mask.shape[1] == max(lengths[3], lengths[0])

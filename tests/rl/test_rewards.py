@@ -12,8 +12,11 @@ CHATS = [[{"role": "user", "content": "hi"}], [{"role": "user", "content": "yo"}
 
 
 class Scorer:
-    def score(self, conversations, responses):
-        return [1.0, 2.0]
+    def __init__(self, *members):
+        self.members = torch.tensor(members or [[1.0, 2.0]])
+
+    def member_scores(self, conversations, responses):
+        return self.members
 
 
 class Function:
@@ -22,9 +25,9 @@ class Function:
         return [float(len(text)) for text in responses]
 
 
-def parts(config, function=None, **changes):
+def parts(config, function=None, scorer=None, **changes):
     off = {"missing_eos_penalty": 0.0, "length_penalty": 0.0, "repetition_penalty": 0.0}
-    return reward_parts(Scorer(), function, config.model_copy(update=off | changes), CHATS, ANSWERS)
+    return reward_parts(scorer or Scorer(), function, config.model_copy(update=off | changes), CHATS, ANSWERS)
 
 
 @pytest.fixture
@@ -49,6 +52,26 @@ def test_each_part_by_hand(config):
         name: pytest.approx(values) for name, values in expected.items()
     }
     assert all(part.dtype == torch.float32 for part in found.values())
+
+
+ENSEMBLE = ([1.0, 2.0], [3.0, 2.0], [5.0, -1.0])  # means 3 and 1
+
+
+@pytest.mark.parametrize(
+    ("how", "taken"),
+    [("worst", [-2.0, -2.0]), ("uncertainty", [-0.5 * 8 / 3, -0.5 * (1 + 1 + 4) / 3])],
+)
+def test_doubt_of_an_ensemble_is_a_part_of_its_own(config, how, taken):
+    found = parts(config, scorer=Scorer(*ENSEMBLE), ensemble=how, uncertainty_coef=0.5)
+    assert found["reward_model"].tolist() == [3.0, 1.0]
+    assert found["disagreement"].tolist() == pytest.approx(taken)
+    assert list(parts(config, scorer=Scorer(*ENSEMBLE))) == ["reward_model"]
+
+
+@pytest.mark.parametrize("how", ["worst", "uncertainty"])
+def test_members_that_agree_leave_no_doubt(config, how):
+    found = parts(config, scorer=Scorer([1.5, -2.0], [1.5, -2.0]), ensemble=how)
+    assert found["disagreement"].tolist() == [0.0, 0.0]
 
 
 def shaper(params, **changes):

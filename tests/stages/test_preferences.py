@@ -29,7 +29,10 @@ def human_pair(row, margin):
     return prompt_row(f"human prompt {row}", row) | {
         "chosen": "yes please",
         "rejected": "no",
+        "probability": 1.0,
         "margin": margin,
+        "chosen_score": None,
+        "rejected_score": None,
     }
 
 
@@ -103,7 +106,10 @@ def test_equal_scores_are_ties_even_without_a_margin(params):
 
 @given(st.lists(st.tuples(st.integers(0, 200), st.integers(0, 200)), max_size=40), st.integers(0, 9))
 def test_balanced_pairs_tell_nothing_by_length(lengths, seed):
-    rows = [{"chosen": "c" * a, "rejected": "r" * b, "row": i} for i, (a, b) in enumerate(lengths)]
+    rows = [
+        {"chosen": "c" * a, "rejected": "r" * b, "probability": 1.0, "row": i}
+        for i, (a, b) in enumerate(lengths)
+    ]
     kept = balance_length(rows, random.Random(seed))
     assert [row["row"] for row in kept] == sorted(row["row"] for row in kept)
     assert kept == [row for row in rows if row in kept]
@@ -130,11 +136,43 @@ def test_flips_are_the_share_asked_for():
 
 def test_human_pairs_come_by_margin():
     rows = human_rows(
-        [human_pair(1, 3.0), human_pair(2, math.nan), human_pair(3, 5.0), human_pair(4, None)], 3
+        [human_pair(1, 3.0), human_pair(2, math.nan), human_pair(3, 5.0), human_pair(4, None)],
+        3,
+        keep_ties=False,
     )
     assert [row["row"] for row in rows] == [3, 1, 2]
     assert rows[0]["source"] == "human:unit.jsonl"
-    assert math.isnan(rows[0]["chosen_score"])
+    assert rows[0]["chosen_score"] is None
+
+
+def test_ties_of_people_are_kept_where_asked_for():
+    rows = [human_pair(1, 3.0), human_pair(2, 0.0) | {"probability": 0.5}]
+    assert [row["row"] for row in human_rows(rows, 9, keep_ties=False)] == [1]
+    assert [row["row"] for row in human_rows(rows, 9, keep_ties=True)] == [1, 2]
+
+
+def test_kept_ties_are_even_and_come_after_what_is_clear(params):
+    config = params.preferences.model_copy(
+        update={"keep_ties": True, "min_margin": 0.35, "pairs_per_prompt": 3}
+    )
+    rows, counts = label([prompt_row("p", 1)], [[("a", 0.1), ("b", 0.9), ("c", 0.4)]], config, "ai:vader")
+    assert [(r["chosen"], r["rejected"], r["probability"]) for r in rows] == [
+        ("b", "a", 1.0),
+        ("b", "c", 1.0),
+        ("c", "a", 0.5),
+    ]
+    assert counts["ties"] == 1
+
+
+def test_soft_labels_are_the_sigmoid_of_the_gap(params):
+    config = params.preferences.model_copy(update={"label_temperature": 0.4, "min_margin": 0.0})
+    rows, _ = label([prompt_row("p", 1)], [[("a", 0.1), ("b", 0.9)]], config, "ai:vader")
+    assert rows[0]["probability"] == pytest.approx(1 / (1 + math.exp(-2.0)))
+
+
+def test_ties_are_never_dropped_to_balance_lengths():
+    rows = [{"chosen": "long answer", "rejected": "short", "probability": 0.5, "row": i} for i in range(5)]
+    assert balance_length(rows, random.Random(0)) == rows
 
 
 def test_stage_writes_pairs_of_both_kinds(small, layout):

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from rlhf_core.modeling.pairs import Pair, rankings
 from rlhf_core.modeling.reward import ScalarHead
 from rlhf_core.modeling.roles import open_roles
 from rlhf_core.rl.losses import pairwise_loss
 from rlhf_core.stages import reward
-from rlhf_core.stages.reward import Pair, PairwiseTask, rankings
+from rlhf_core.stages.reward import PairwiseTask
 
 PROMPT, OTHER = list(range(10, 22)), [5, 6, 7]
 A, B, C = [30, 31, 2], [32, 2], [33, 34, 35, 2]
@@ -22,10 +23,10 @@ PAIRS = [pair(PROMPT, A, B), pair(OTHER, A, C), pair(PROMPT, A, C), pair(PROMPT,
 
 @pytest.fixture
 def task(small_params, tiny_model_dir):
-    roles = open_roles(small_params, tiny_model_dir, trained="reward", seed=0)
+    roles = open_roles(small_params, tiny_model_dir, trained=["reward"], seed=0)
     with roles.using("reward") as model:
         head = ScalarHead(model.config.hidden_size, seed=0)
-    return PairwiseTask(roles, head, [], small_params.reward)
+    return PairwiseTask(roles, [head], [], small_params.reward)
 
 
 def test_pairs_of_a_prompt_stay_together_in_order():
@@ -37,7 +38,7 @@ def test_every_prompt_counts_one(task):
     loss, stats = task.loss(rows)
     parts = []
     for row in rows:
-        chosen, rejected = task.scores(row)
+        (chosen,), (rejected,) = task.scores(row)
         parts.append(-torch.nn.functional.logsigmoid(chosen - rejected).mean())
     assert task.weight(rows) == 2
     torch.testing.assert_close(loss, sum(parts), rtol=1e-5, atol=1e-6)
@@ -69,7 +70,7 @@ def test_scores_and_gradients_are_those_of_pairs_alone(task):
 
 
 def test_all_scores_come_in_the_order_asked(task):
-    chosen, rejected = task.all_scores(PAIRS)
+    (chosen,), (rejected,) = task.all_scores(PAIRS)
     for i, row in enumerate(PAIRS):
-        alone = torch.cat(task.all_scores([row]))
+        alone = torch.cat(task.all_scores([row])).flatten()
         torch.testing.assert_close(torch.stack([chosen[i], rejected[i]]), alone, rtol=1e-4, atol=1e-5)

@@ -71,7 +71,7 @@ ROWS = [{"messages": CHAT[:n], "response": CHAT[4]["content"] * n} for n in (2, 
 
 def make_task(params, directory, **changes):
     config = params.sft.model_copy(update={"max_length": 400, **changes})
-    roles = open_roles(params, directory, trained="policy", seed=0)
+    roles = open_roles(params, directory, trained=["policy"], seed=0)
     rows = [encode_example(roles.tokenizer, row, config.loss_on) for row in ROWS]
     return CompletionTask(roles, rows, config, seed=0), rows
 

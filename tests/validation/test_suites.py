@@ -19,6 +19,7 @@ def pairs(count=30):
             "prompt": f"question {i}?",
             "chosen": f"answer {i}" + " indeed" * (i % 2),
             "rejected": f"no {i}" + " indeed" * (1 - i % 2),
+            "probability": 1.0,
             "source": "mine.jsonl",
             "row": i + 1,
         }
@@ -53,6 +54,7 @@ def test_clean_pairs_pass_every_rule(config):
         ({"rejected": "word " * 257}, "rejected_tokens", "critical"),
         ({"chosen": "Same  answer", "rejected": "same answer"}, "same_answer", "critical"),
         ({"prompt": "QUESTION  3?"}, "leaks", "critical"),
+        ({"probability": 0.25}, "probability", "critical"),
     ],
 )
 def test_one_bad_row_is_found_and_named(config, change, column, severity):
@@ -98,6 +100,11 @@ def test_too_few_rows(config):
         ("ExpectTableRowCountToBeBetween", "19")
     ]
     assert failed(outcomes(rows, config, "demonstrations", "eval")) == set()
+
+
+def test_ties_do_not_count_as_a_liking_for_length(config):
+    rows = [row | {"chosen": row["chosen"] + " and more", "probability": 0.5} for row in pairs()]
+    assert failed(outcomes(rows, config)) == set()
 
 
 def test_missing_column_is_critical(config):
