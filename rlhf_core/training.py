@@ -40,6 +40,10 @@ class Task(Protocol):
     def weight(self, rows: Sequence[Any]) -> float:
         """What a step's summed loss is divided by: target tokens, or pairs."""
 
+    def flops(self, rows: Sequence[Any]) -> float:
+        """Operations of the loss on `rows` and of its gradient; 0 where nobody counts them."""
+        return 0.0
+
     def loss(self, rows: Sequence[Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Summed loss of a micro-batch, and summed metrics (without gradient)."""
 
@@ -110,12 +114,15 @@ def train(
     first = _resume(optimizer, parameters, best, checkpoints, tracker)
     tracker.progress(first, schedule.num_steps)
     last_saved = started = time.monotonic()
-    tokens = 0
+    tokens, flops, training_seconds = 0, 0.0, 0.0
     evaluation: dict[str, float] = {}
     guard = SkipGuard()
     for step in range(first, schedule.num_steps):
         batch = [rows[i] for i in step_rows(len(rows), schedule.batch_size, step, seed)]
+        step_started = time.monotonic()
         metrics = train_step(task, batch, parameters, optimizer, schedule, step)
+        training_seconds += time.monotonic() - step_started
+        flops += task.flops(batch)
         if metrics["train/skipped_steps"]:
             tracker.table("skipped_batch", [task.describe(row) for row in batch])
         guard.note(metrics["train/skipped_steps"], f"{tracker.stage}, step {step + 1}")
@@ -132,7 +139,12 @@ def train(
             last_saved = time.monotonic()
         if evaluation and out_of_patience(tracker.history, schedule.patience):
             break
-    tracker.log_perf({"perf/tokens_per_second": tokens / max(1e-9, time.monotonic() - started)})
+    tracker.log_perf(
+        {
+            "perf/tokens_per_second": tokens / max(1e-9, time.monotonic() - started),
+            "perf/gflops_per_second": flops / 1e9 / max(1e-9, training_seconds),
+        }
+    )
     return evaluation if best is None else best.restore()
 
 

@@ -65,6 +65,9 @@ class TextTask(Task):
     def weight(self, rows: Sequence[list[int]]) -> float:
         return float(sum(len(row) - 1 for row in rows))
 
+    def flops(self, rows: Sequence[list[int]]) -> float:
+        return self.roles.flops(ROLE).training(sum(map(len, rows)), int(self.weight(rows)))
+
     def loss(self, rows: Sequence[list[int]]) -> tuple[Tensor, dict[str, Tensor]]:
         pad = self.roles.tokenizer.pad_token_id
         batch = make_batch([row[:1] for row in rows], [row[1:] for row in rows], pad, self.roles.device)

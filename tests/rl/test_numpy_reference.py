@@ -13,9 +13,11 @@ from torch import nn
 
 from rlhf_core.checkpoint import Checkpoints
 from rlhf_core.generation import Generation
+from rlhf_core.modeling.flops import Flops
+from rlhf_core.modeling.pairs import Pair, rankings
 from rlhf_core.modeling.reward import ScalarHead
 from rlhf_core.rl.ppo import Actors, Rollout, episode_order, update
-from rlhf_core.stages.reward import Pair, PairwiseTask, rankings
+from rlhf_core.stages.reward import PairwiseTask
 from rlhf_core.stages.sft import CompletionTask, Example
 from rlhf_core.tracking import Tracker
 from rlhf_core.training import Schedule, step_rows, train
@@ -43,6 +45,9 @@ class Bigram:
 
     def logits(self, role, hidden):
         return hidden @ self.W[role].T
+
+    def flops(self, role):
+        return Flops(trunk=0, head=V * D, trains_all=True)
 
     def parameters(self, role):
         return [self.E[role], self.W[role]] if role == "policy" else [self.E[role]]
@@ -148,13 +153,14 @@ def test_reward_model(params, tmp_path):
     for n, (prompt, _) in enumerate(texts(rng, 9)):
         answers = [r for _, r in texts(rng, 3)]
         for a, b in [(0, 1), (0, 2), (2, 1)][: 1 + n % 3]:
-            pairs.append(Pair([*prompt, n + 1], answers[a], answers[b], 0.5 * n, str(n), "ai:unit"))
+            asked, sure = [*prompt, n + 1], (1.0, 0.7, 0.5)[n % 3]
+            pairs.append(Pair(asked, answers[a], answers[b], 0.5 * n, str(n), "ai:unit", sure))
     changes = {"margin_scale": 0.3, "label_smoothing": 0.1, "centering_coef": 0.02, "micro_batch_size": 2}
     config = params.reward.model_copy(update=changes)
     roles, head = Bigram("reward"), ScalarHead(D, seed=3)
     E, w, b = array(roles.E["reward"]), array(head.weight), array(head.bias)
     rows = rankings(pairs)
-    task = PairwiseTask(roles, head, pairs[:2], config)
+    task = PairwiseTask(roles, [head], pairs[:2], config)
     history = run_training(task, rows, [roles.E["reward"], *head.parameters()], schedule(4), tmp_path)
 
     adam = Adam([E, w, b], 1e-8, 0.5)
@@ -168,9 +174,10 @@ def test_reward_model(params, tmp_path):
                 ends = pair.chosen[-1], pair.rejected[-1]
                 s_w, s_l = (E[end] @ w + b for end in ends)
                 gap = s_w - s_l - 0.3 * pair.margin
-                loss -= weight * (0.9 * np.log(sigmoid(gap)) + 0.1 * np.log(sigmoid(-gap)))
+                q = 0.9 * pair.probability + 0.1 * (1 - pair.probability)
+                loss -= weight * (q * np.log(sigmoid(gap)) + (1 - q) * np.log(sigmoid(-gap)))
                 loss += weight * 0.02 * (s_w + s_l) ** 2
-                slope = -0.9 * sigmoid(-gap) + 0.1 * sigmoid(gap)
+                slope = -q * sigmoid(-gap) + (1 - q) * sigmoid(gap)
                 for end, g in zip(ends, (slope, -slope), strict=True):
                     g = weight * (g + 0.04 * (s_w + s_l))
                     dE[end] += g * w
