@@ -46,7 +46,7 @@ def use_determinism(device: torch.device) -> None:
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms would import the compiler, 2 s
-    # Else torch fills every new tensor with NaN, some 3 % of a training step; nothing here reads one unwritten.
+    # Else torch fills every new tensor with NaN, 3 % of a training step; nothing here reads one unwritten.
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
