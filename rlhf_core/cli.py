@@ -169,6 +169,8 @@ def main() -> None:
     except OSError as error:
         print(f"error: {_describe(error)}", file=sys.stderr)
         sys.exit(1)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the way out is not to be interrupted by a traceback
 
 
 def _on_terminate(signum: int, frame: object) -> NoReturn:
