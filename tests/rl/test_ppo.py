@@ -13,6 +13,7 @@ from rlhf_core.modeling.encoding import encode_prompt, encode_response, make_bat
 from rlhf_core.modeling.loading import load_policy
 from rlhf_core.modeling.reward import Normalisation, ScalarHead, last_response_hidden
 from rlhf_core.modeling.roles import REFERENCE, AdapterRoles
+from rlhf_core.rl import ppo
 from rlhf_core.rl.ppo import Actors, collect, ppo_step, rollout_metrics, update
 
 RUN = RunConfig(seed=0, device="cpu", num_processes=1, precision="float32")
@@ -240,3 +241,20 @@ def test_folding_the_normalisation_into_a_head_gives_normalised_values():
     expected = normalisation.apply(head(hidden))
     normalisation.fold_into(head)
     torch.testing.assert_close(head(hidden), expected)
+
+
+def test_every_pass_takes_each_prompt_once_in_an_order_of_its_own(actors, config, monkeypatch):
+    rollout = collect(actors, CHATS, config, seed=0)
+
+    def orders(seed):
+        seen = []
+        monkeypatch.setattr(ppo, "ppo_step", lambda *arguments: seen.append(arguments[3].prompts) or {})
+        update(actors, None, None, rollout, config.model_copy(update={"num_ppo_epochs": 6}), seed)
+        prompts = [tuple(prompt) for minibatch in seen for prompt in minibatch[:: config.samples_per_prompt]]
+        return [prompts[i : i + len(CHATS)] for i in range(0, len(prompts), len(CHATS))]
+
+    passes = orders(seed=3)
+    assert len(passes) == 6
+    assert all(sorted(order) == sorted(passes[0]) and len(set(order)) == len(CHATS) for order in passes)
+    assert len(set(map(tuple, passes))) > 1
+    assert orders(seed=3) == passes != orders(seed=4)
