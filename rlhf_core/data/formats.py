@@ -14,6 +14,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from itertools import combinations
 from typing import Any
 
@@ -165,6 +166,7 @@ def _number(value: Any, name: str) -> float:
         raise RowError(f"{name} {value!r} must be a number") from None
 
 
+@lru_cache(maxsize=1 << 16)
 def clean(text: str) -> str:
     """Undo HTML entities, drop control characters, and fold white space within lines."""
     text = CONTROL.sub("", html.unescape(text).replace("\r\n", "\n"))

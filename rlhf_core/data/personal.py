@@ -6,6 +6,7 @@ A filter for what people paste into a chat, not a proof that nothing is left: na
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 PATTERNS = {
     "e-mail address": re.compile(r"[\w.+-]+\s?@\s?[\w-]+\s?\.\s?[a-z]{2,}", re.I),
@@ -19,6 +20,7 @@ PATTERNS = {
 }
 
 
+@lru_cache(maxsize=1 << 16)  # a text often comes again: as a prompt, in a conversation, in another kind
 def personal_data(text: str) -> str | None:
     """The kind of personal data found in `text`, or None."""
     for kind, pattern in PATTERNS.items():
