@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.endless import EndlessTokenizer
 from rlhf_core.config import SamplingConfig, load_params
 from rlhf_core.generation import generate
 from rlhf_core.layout import Layout
@@ -69,12 +70,12 @@ def main() -> None:
     chats = [[{"role": "user", "content": QUESTIONS[i % len(QUESTIONS)]}] for i in range(options.batch)]
     # EOS can stop neither engine, so that both make the same number of tokens.
     model.generation_config.eos_token_id = None
-    tokenizer.eos_token_id = -1
+    endless = EndlessTokenizer(tokenizer)
     sampling = SamplingConfig(temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=NEW_TOKENS, seed=0)
     prompts = [encode_prompt(tokenizer, messages) for messages in chats]
 
     def ours() -> int:
-        generate(model, tokenizer, chats, sampling, batch_size=options.batch)
+        generate(model, endless, chats, sampling, batch_size=options.batch)
         return options.batch * NEW_TOKENS
 
     def transformers_generate() -> int:

@@ -13,6 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 
+from benchmarks.endless import EndlessTokenizer
 from rlhf_core.config import Params, PPOConfig, load_params
 from rlhf_core.generation import Generation
 from rlhf_core.modeling.loading import load_policy, load_tokenizer
@@ -62,7 +63,7 @@ def make_actors(case: dict, params: Params) -> Actors:
         for role in ("policy", REFERENCE, "critic", "reward"):
             roles.add(role, path=base, trained=role in ("policy", "critic"))
     if not case["stop"]:
-        roles.tokenizer.eos_token_id = -1  # nothing ends an answer
+        roles.tokenizer = EndlessTokenizer(roles.tokenizer)
     with roles.using("policy") as model:
         heads = [ScalarHead(model.config.hidden_size, seed).to(roles.device) for seed in range(2)]
     scorer = scorer_of_roles(roles, heads[:1], [Normalisation(0.0, 1.0)], base)
