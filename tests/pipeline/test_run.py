@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+from rlhf_core.config import load_params
 from rlhf_core.mlflow_writer import open_client, registered_model_dir
 from rlhf_core.stages import STAGES
 
@@ -72,7 +73,8 @@ def test_every_stage_is_a_child_run_of_the_flow_with_its_metrics(finished):
     assert len(steps) > 2
     (used,) = children["ppo"].inputs.dataset_inputs
     assert len(used.dataset.digest) == 32
-    assert children["sft"].data.params["sft.num_rows"] == "128"
+    used_rows = load_params(checkout / "params.yaml").sft.num_rows
+    assert children["sft"].data.params["sft.num_rows"] == str(used_rows)
 
 
 def test_registered_policy_loads_and_answers_a_chat_request(finished, monkeypatch):
