@@ -78,11 +78,9 @@ def write_case(case: Case, batches: int, layout: Layout, directory: Path) -> Pat
         encoded = [pair for pair in encoded if len(pair[0]) == case.prompt_tokens]
     if not encoded:
         raise InputError(f"no prepared prompt has {case.prompt_tokens} tokens")
-    longest = max(len(ids) for ids, _ in encoded[:512])
-    pad = tokenizer.pad_token_id
     facts = vars(case) | {
         "model": str(layout.model("base").resolve()),
-        "prompts": [[pad] * (longest - len(ids)) + ids for ids, _ in encoded[:512]],
+        "prompts": [ids for ids, _ in encoded[:512]],
         "conversations": [messages for _, messages in encoded[:512]],
         "batches": batches,
         "directory": str(directory),

@@ -76,13 +76,13 @@ def ratings_of(row: Mapping[str, Any]) -> tuple[float, float] | None:
 
 
 @dataclass(frozen=True)
-class Rating:
+class RatingScales:
     """Mean and standard deviation of the ratings of each source: scales differ between labelers."""
 
     scales: dict[str, tuple[float, float]]
 
     @classmethod
-    def of(cls, rows: Sequence[Pair]) -> Rating:
+    def of(cls, rows: Sequence[Pair]) -> RatingScales:
         ratings: dict[str, list[float]] = {}
         for row in rows:
             ratings.setdefault(row.source, []).extend(row.ratings or ())

@@ -19,7 +19,7 @@ from rlhf_core.evaluation.reward_model import ensemble_metrics, evaluate_reward_
 from rlhf_core.layout import Layout
 from rlhf_core.modeling.encoding import make_batch
 from rlhf_core.modeling.loading import read_provenance, write_provenance
-from rlhf_core.modeling.pairs import Pair, Ranking, Rating, encode_pairs, rankings
+from rlhf_core.modeling.pairs import Pair, Ranking, RatingScales, encode_pairs, rankings
 from rlhf_core.modeling.reward import (
     Normalisation,
     ScalarHead,
@@ -155,8 +155,10 @@ def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
     for split, file in files.items():
         tracker.dataset("preferences", file, "training" if split == "train" else "evaluation")
 
-    rated = Rating.of(train_rows) if config.objective == "rating" else None
-    used, eval_rows = (train_rows, eval_rows) if rated is None else map(rated.rated, (train_rows, eval_rows))
+    used = train_rows
+    if config.objective == "rating":
+        scales = RatingScales.of(train_rows)
+        used, eval_rows = scales.rated(train_rows), scales.rated(eval_rows)
     if not used or not eval_rows:
         raise InputError(
             f"{files['eval' if used else 'train']}: no pair has ratings of both answers, which "

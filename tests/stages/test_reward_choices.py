@@ -10,14 +10,14 @@ import torch
 from rlhf_core import training
 from rlhf_core.data.rows import read_rows, write_rows
 from rlhf_core.errors import InputError
-from rlhf_core.modeling.pairs import Pair, Rating
+from rlhf_core.modeling.pairs import Pair, RatingScales
 from rlhf_core.modeling.reward import ScalarHead, load_reward_model, member_directories, member_role
 from rlhf_core.modeling.roles import open_roles
 from rlhf_core.stages.ppo import open_actors
 from rlhf_core.stages.reward import PairwiseTask, rankings
 from rlhf_core.stages.runner import run_stage
 
-from .toy import BAD, GOOD, assert_same_outputs, make_workspace
+from .toy import BAD, GOOD, assert_same_outputs, make_workspace, run_broken_off
 
 CHATS = [[{"role": "user", "content": "how are you on day 99?"}]] * 2
 
@@ -92,18 +92,7 @@ def test_broken_off_ensemble_ends_with_the_same_members(
     params = changed(small_params, reward={"ensemble_size": 2})
     whole, broken = workspace, make_workspace(tmp_path / "broken", tiny_model_dir)
     run_stage("reward", params, whole)
-    real, steps = training.train_step, []
-
-    def dying(*arguments):
-        if len(steps) == 3:
-            raise KeyboardInterrupt
-        steps.append(1)
-        return real(*arguments)
-
-    monkeypatch.setattr(training, "train_step", dying)
-    with pytest.raises(KeyboardInterrupt):
-        run_stage("reward", params, broken)
-    monkeypatch.setattr(training, "train_step", real)
+    run_broken_off(monkeypatch, training, "train_step", 3, lambda: run_stage("reward", params, broken))
     run_stage("reward", params, broken)
     assert_same_outputs(whole, broken, "reward", "reward")
     scores = [
@@ -154,6 +143,6 @@ def test_each_source_has_its_own_scale_of_ratings():
         pair("ai:b", (0.5, -0.5)),
         pair("human:c", None),
     ]
-    rating = Rating.of(rows)
-    assert [row.ratings for row in rating.rated(rows)] == [(1.0, -1.0), (1.0, -1.0)]
-    assert rating.rated([pair("ai:unseen", (1.0, 0.0))]) == []
+    scales = RatingScales.of(rows)
+    assert [row.ratings for row in scales.rated(rows)] == [(1.0, -1.0), (1.0, -1.0)]
+    assert scales.rated([pair("ai:unseen", (1.0, 0.0))]) == []

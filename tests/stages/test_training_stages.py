@@ -20,7 +20,7 @@ from rlhf_core.stages.ppo import DemonstrationMix, Training, open_actors
 from rlhf_core.stages.runner import run_stage
 from rlhf_core.stages.sft import encode_file
 
-from .toy import BAD, GOOD, assert_same_outputs, make_workspace, weights
+from .toy import BAD, GOOD, assert_same_outputs, make_workspace, run_broken_off, weights
 
 
 def test_sft_lowers_the_loss_on_held_out_rows_and_saves_a_plain_model(workspace, small_params):
@@ -107,10 +107,6 @@ def test_full_fine_tuning_trains_every_weight_in_all_three_stages(workspace, sma
     assert any(not torch.equal(after[name], changed[name]) for name in after)
 
 
-class Killed(BaseException):
-    """Stands for a signal: nothing in the code may catch it."""
-
-
 @pytest.mark.parametrize("kill_at", [1, 3, 6])
 @pytest.mark.parametrize(("stage", "model"), [("sft", "sft"), ("reward", "reward")])
 def test_broken_off_training_ends_with_the_same_weights(
@@ -118,19 +114,10 @@ def test_broken_off_training_ends_with_the_same_weights(
 ):
     whole, broken = workspace, make_workspace(tmp_path / "broken", tiny_model_dir)
     run_stage(stage, small_params, whole)
-    real, steps = training.train_step, []
-
-    def dying(*arguments):
-        if len(steps) == kill_at:
-            raise Killed
-        steps.append(1)
-        return real(*arguments)
-
-    monkeypatch.setattr(training, "train_step", dying)
-    with pytest.raises(Killed):
-        run_stage(stage, small_params, broken)
+    run_broken_off(
+        monkeypatch, training, "train_step", kill_at, lambda: run_stage(stage, small_params, broken)
+    )
     assert not broken.metrics(stage).exists()
-    monkeypatch.setattr(training, "train_step", real)
     run_stage(stage, small_params, broken)
     assert_same_outputs(whole, broken, stage, model)
 
@@ -143,17 +130,7 @@ def test_broken_off_ppo_ends_with_the_same_weights(
     for layout in (workspace, broken):
         run_stage("reward", small_params, layout)
     run_stage("ppo", small_params, workspace)
-    real = Training.update
-
-    def dying(self, number, rollout):
-        if number == kill_at:
-            raise Killed
-        return real(self, number, rollout)
-
-    monkeypatch.setattr(Training, "update", dying)
-    with pytest.raises(Killed):
-        run_stage("ppo", small_params, broken)
-    monkeypatch.setattr(Training, "update", real)
+    run_broken_off(monkeypatch, Training, "update", kill_at, lambda: run_stage("ppo", small_params, broken))
     run_stage("ppo", small_params, broken)
     assert_same_outputs(workspace, broken, "ppo", "policy")
 
@@ -168,17 +145,7 @@ def test_ppo_without_a_critic_goes_on_after_a_kill_with_its_kl_price(
     for layout in (workspace, broken):
         run_stage("reward", params, layout)
     run_stage("ppo", params, workspace)
-    real = Training.update
-
-    def dying(self, number, rollout):
-        if number == 2:
-            raise Killed
-        return real(self, number, rollout)
-
-    monkeypatch.setattr(Training, "update", dying)
-    with pytest.raises(Killed):
-        run_stage("ppo", params, broken)
-    monkeypatch.setattr(Training, "update", real)
+    run_broken_off(monkeypatch, Training, "update", 2, lambda: run_stage("ppo", params, broken))
     run_stage("ppo", params, broken)
     assert_same_outputs(workspace, broken, "ppo", "policy")
     rows = list(csv.DictReader(workspace.history("ppo").read_text().splitlines()))
@@ -273,15 +240,7 @@ def test_moving_average_lags_behind_the_policy_and_survives_a_kill(
         expected = 0.5 * expected + 0.5 * parameter
         torch.testing.assert_close(average, expected)
 
-    def dying(self):
-        if len(seen) == 6:
-            raise Killed
-        watched(self)
-
-    monkeypatch.setattr(Training, "move_average", dying)
-    with pytest.raises(Killed):
-        run_stage("ppo", params, broken)
-    monkeypatch.setattr(Training, "move_average", real)
+    run_broken_off(monkeypatch, Training, "move_average", 2, lambda: run_stage("ppo", params, broken))
     run_stage("ppo", params, broken)
     assert_same_outputs(workspace, broken, "ppo", "policy")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -32,6 +33,26 @@ def make_workspace(root, model):
         pairs = [r | {"chosen": GOOD, "rejected": BAD, "source": "ai:vader"} for r in part]
         write_rows(layout.preferences / f"{split}.parquet", pairs, "preferences")
     return layout
+
+
+class Killed(BaseException):
+    """Stands for a signal: nothing in the code may catch it."""
+
+
+def run_broken_off(monkeypatch, owner, name, at, work):
+    """Run `work` until the call number `at`, from 0, of `owner.name`, which is its end."""
+    real, calls = getattr(owner, name), []
+
+    def dying(*arguments):
+        if len(calls) == at:
+            raise Killed
+        calls.append(1)
+        return real(*arguments)
+
+    monkeypatch.setattr(owner, name, dying)
+    with pytest.raises(Killed):
+        work()
+    monkeypatch.setattr(owner, name, real)
 
 
 def weights(directory):
