@@ -94,6 +94,8 @@ def _stage_command(stage: str) -> Callable[[], None]:
 
 def die_with_parent() -> None:
     """Get SIGTERM when the parent dies, also by SIGKILL, so that no training goes on unseen (Linux)."""
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:  # inherited; nobody would see the signal
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 

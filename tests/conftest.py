@@ -25,6 +25,15 @@ TEXTS = [
 ] * 8
 
 
+@pytest.fixture(autouse=True)
+def own_signal_handlers():
+    """What a command run inside a test makes of signals ends with the test."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The project's own directory."""

@@ -90,11 +90,13 @@ def test_cancel_ends_the_command_and_all_its_children(tmp_path):
     assert all(wait_gone(int(pid)) for pid in pids)
 
 
-def test_killed_parent_takes_its_command_along(tmp_path):
+@pytest.mark.parametrize("handler", ["SIG_DFL", "SIG_IGN"])
+def test_killed_parent_takes_its_command_along(handler, tmp_path):
     code = f"""
-        import os, sys
+        import os, signal, sys
         from pathlib import Path
         from tasks.processes import run_command
+        signal.signal(signal.SIGTERM, signal.{handler})
         run_command(
             [sys.executable, "-u", "-c", "import os, time; print(os.getpid()); time.sleep(60)"],
             cwd=Path({str(tmp_path)!r}), env=dict(os.environ), on_line=lambda line: print(line, flush=True),
