@@ -26,7 +26,6 @@ from pydantic import (
 
 from rlhf_core.errors import InputError
 
-Fraction = float  # documented as such; bounds stand at each field
 PROFILES_DIR = Path("configs/profiles")
 
 

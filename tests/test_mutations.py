@@ -64,7 +64,7 @@ MUTATIONS = {
         "self._extend(responses[i], len(self.ids), ",
     ),
     "mean over padding": ("rl/tensor_ops.py", "masked_sum(values, mask) / mask.sum()", "values.mean()"),
-    "rollout keeps its graph": ("rl/ppo.py", "@torch.no_grad()\ndef collect", "def collect"),
+    "rollout keeps its graph": ("rl/rollout.py", "@torch.no_grad()\ndef collect", "def collect"),
     "same permutation each pass": (
         "rl/ppo.py",
         "torch.randperm(count // samples_per_prompt, generator=generator).tolist()",

@@ -19,8 +19,9 @@ from rlhf_core.generation import Generation
 from rlhf_core.modeling.loading import load_policy, load_tokenizer
 from rlhf_core.modeling.reward import Normalisation, ScalarHead, scorer_of_roles
 from rlhf_core.modeling.roles import REFERENCE, FullRoles, Roles, adapter_roles
-from rlhf_core.rl import ppo
-from rlhf_core.rl.ppo import Actors, collect, update
+from rlhf_core.rl import rollout as rollouts
+from rlhf_core.rl.ppo import update
+from rlhf_core.rl.rollout import Actors, collect
 from rlhf_core.stages.ppo import make_optimizer
 
 
@@ -82,7 +83,7 @@ def main() -> None:
     conversations = case["conversations"] * (1 + (case["batches"] + 2) * case["batch"])
     seconds, tokens = [], []
     phases = {"generation": 0.0, "rollout": 0.0, "update": 0.0}
-    plain = ppo.generate
+    plain = rollouts.generate
 
     def generate(*arguments: object, **named: object) -> list[list[Generation]]:
         started = time.perf_counter()
@@ -90,7 +91,7 @@ def main() -> None:
         phases["generation"] += time.perf_counter() - started
         return found
 
-    ppo.generate = generate
+    rollouts.generate = generate
     for number in range(case["batches"] + 1):
         if number == 1:
             phases = dict.fromkeys(phases, 0.0)

@@ -40,8 +40,9 @@ from rlhf_core.modeling.roles import REFERENCE, FullRoles, Roles, adapter_roles
 from rlhf_core.optim import SkipGuard
 from rlhf_core.rl.alarms import alarms
 from rlhf_core.rl.kl import KLController
-from rlhf_core.rl.ppo import Actors, Rollout, collect, rollout_metrics, update
+from rlhf_core.rl.ppo import update
 from rlhf_core.rl.rewards import ScoreShaper
+from rlhf_core.rl.rollout import Actors, Rollout, collect, rollout_metrics
 from rlhf_core.stages.sft import CompletionTask, encode_file, save_causal_model
 from rlhf_core.tracking import Tracker
 from rlhf_core.training import in_micro_batches, restore_history, step_rows

@@ -16,7 +16,8 @@ from rlhf_core.generation import Generation
 from rlhf_core.modeling.flops import Flops
 from rlhf_core.modeling.pairs import Pair, rankings
 from rlhf_core.modeling.reward import ScalarHead
-from rlhf_core.rl.ppo import Actors, Rollout, episode_order, update
+from rlhf_core.rl.ppo import episode_order, update
+from rlhf_core.rl.rollout import Actors, Rollout
 from rlhf_core.stages.reward import PairwiseTask
 from rlhf_core.stages.sft import CompletionTask, Example
 from rlhf_core.tracking import Tracker

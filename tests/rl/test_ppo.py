@@ -14,7 +14,8 @@ from rlhf_core.modeling.loading import load_policy
 from rlhf_core.modeling.reward import Normalisation, ScalarHead, last_response_hidden
 from rlhf_core.modeling.roles import REFERENCE, AdapterRoles
 from rlhf_core.rl import ppo
-from rlhf_core.rl.ppo import Actors, collect, ppo_step, rollout_metrics, update
+from rlhf_core.rl.ppo import ppo_step, update
+from rlhf_core.rl.rollout import Actors, collect, rollout_metrics
 
 RUN = RunConfig(seed=0, device="cpu", num_processes=1, precision="float32")
 CHATS = [
