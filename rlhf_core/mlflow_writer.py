@@ -1,11 +1,13 @@
 """Writing one stage's run to MLflow from a thread, and where MLflow's store is.
 
 SQLite below the workspace unless MLFLOW_TRACKING_URI says otherwise. With RLHF_TRACKING=off nothing is
-written. No result depends on any of this: a store that cannot be reached costs a warning.
+written; with RLHF_TRACKING=spool a stage leaves the writing to the flow that started it. No result depends on
+any of this: a store that cannot be reached costs a warning.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,12 +18,11 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlhf_core.errors import InputError
 
 EXPERIMENT = "rlhf"
-PARENT_VARIABLE = "RLHF_PARENT_RUN_ID"
 SWITCH_VARIABLE = "RLHF_TRACKING"
 CLOSE_SECONDS = 60.0
 BATCH_SECONDS = 1.0
@@ -61,14 +62,29 @@ def experiment_id(client: Any, root: Path) -> str:
     return client.get_experiment_by_name(EXPERIMENT).experiment_id
 
 
+class TimedMetric(NamedTuple):
+    """One value as MLflow keeps it; `time` in milliseconds since 1970."""
+
+    name: str
+    value: float
+    time: int
+    step: int
+
+
+def timed(metrics: Mapping[str, float], step: int) -> list[TimedMetric]:
+    """The metrics as of now."""
+    now = int(time.time() * 1000)
+    return [TimedMetric(name, float(value), now, step) for name, value in metrics.items()]
+
+
 class MlflowWriter:
     """The MLflow run of one stage. Calls return at once; `close` waits until all is written."""
 
-    def __init__(self, stage: str, root: Path, params: Mapping[str, Any]) -> None:
-        self._stage, self._root, self._params = stage, root, params
+    def __init__(self, stage: str, root: Path, params: Mapping[str, Any], parent: str = "") -> None:
+        self._stage, self._root, self._params, self._parent = stage, root, params, parent
         self._state_file = root / ".rlhf" / "runs" / stage / "mlflow.json"
         self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
-        self._pending: list[tuple[str, float, int, int]] = []
+        self._pending: list[TimedMetric] = []
         self._client: Any = None
         self._run_id = ""
         self._fault: Exception | None = None
@@ -77,9 +93,11 @@ class MlflowWriter:
         self._thread.start()
 
     def metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        now = int(time.time() * 1000)
+        self.timed_metrics(timed(metrics, step))
+
+    def timed_metrics(self, metrics: Sequence[TimedMetric]) -> None:
         with self._lock:
-            self._pending += [(name, float(value), now, step) for name, value in metrics.items()]
+            self._pending += metrics
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         data = {key: [row.get(key) for row in rows] for key in rows[0]}
@@ -142,11 +160,13 @@ class MlflowWriter:
         run."""
         from mlflow.entities import Param
 
-        parent = os.environ.get(PARENT_VARIABLE, "")
+        parent = self._parent
         known = json.loads(self._state_file.read_text()) if self._state_file.is_file() else {}
         if parent and known.get("parent") == parent:
             self._client.update_run(known["run"], status="RUNNING")
             return known["run"]
+        for broken_off in (known.get("run"), known.get("parent")):
+            self._close_if_running(broken_off)
         tags = {"rlhf.stage": self._stage} | ({"mlflow.parentRunId": parent} if parent else {})
         experiment = experiment_id(self._client, self._root)
         run_id = self._client.create_run(experiment, run_name=self._stage, tags=tags).info.run_id
@@ -155,6 +175,14 @@ class MlflowWriter:
         self._state_file.parent.mkdir(parents=True, exist_ok=True)
         self._state_file.write_text(json.dumps({"parent": parent, "run": run_id}))
         return run_id
+
+    def _close_if_running(self, run_id: str | None) -> None:
+        """A flow that is killed closes no run. Only one works in a workspace: what runs here now is us."""
+        from mlflow.exceptions import MlflowException
+
+        with contextlib.suppress(MlflowException):  # a run that somebody deleted
+            if run_id and self._client.get_run(run_id).info.status == "RUNNING":
+                self._client.set_terminated(run_id, "KILLED")
 
     def _log_dataset(self, name: str, path: Path, context: str) -> None:
         """A data set input whose digest is the md5 by which DVC knows the file."""

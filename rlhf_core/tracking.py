@@ -1,7 +1,7 @@
 """What a stage reports while it runs: JSON lines always, MLflow when it is on.
 
-The only door through which `rlhf_core` lets its numbers out. MLflow is written by a thread of its own, so its
-import and its server cost the training nothing and cannot stop it.
+The only door through which `rlhf_core` lets its numbers out. MLflow is written by a thread of its own, or by
+the flow that started the stage, so its server cannot hold up the training or stop it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from rlhf_core.atomic import write_text
 from rlhf_core.mlflow_writer import MlflowWriter
+from rlhf_core.tracking_spool import SpoolWriter
 
 
 class Tracker:
@@ -26,7 +27,7 @@ class Tracker:
     both are read by others while the stage runs.
     """
 
-    def __init__(self, stage: str, run_dir: Path, writer: MlflowWriter | None = None) -> None:
+    def __init__(self, stage: str, run_dir: Path, writer: MlflowWriter | SpoolWriter | None = None) -> None:
         self.stage = stage
         self.run_dir = run_dir
         self.history: list[dict[str, float]] = []

@@ -23,7 +23,8 @@ from prefect.logging import get_run_logger
 from rlhf_core.cli import PARENT_DEATH_VARIABLE, QUIET
 from rlhf_core.config import Params
 from rlhf_core.layout import Layout
-from rlhf_core.mlflow_writer import PARENT_VARIABLE
+from rlhf_core.mlflow_writer import SWITCH_VARIABLE, MlflowWriter
+from rlhf_core.tracking_spool import SpoolFollower
 from tasks.processes import Finished, run_command
 
 
@@ -54,20 +55,27 @@ def run_stage(root: Path, stage: str, params: Params, parent_run_id: str = "") -
     (layout.run_dir(stage) / "failure.json").unlink(missing_ok=True)
     progress = Progress(stage, layout)
     alarms = Alarms(stage, layout)
+    tracking = SpoolFollower(
+        layout.run_dir(stage), lambda values: MlflowWriter(stage, root, values, parent_run_id)
+    )
 
     def on_tick() -> None:
         progress.update()
         alarms.update()
+        tracking.update()
 
-    done = run_command(
-        [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage],
-        cwd=root,
-        env=stage_environment(root, params, parent_run_id),
-        on_line=logger.info,
-        log_file=layout.run_dir(stage) / "output.log",
-        time_limit=params.flow.stage_time_limit,
-        on_tick=on_tick,
-    )
+    try:
+        done = run_command(
+            [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage],
+            cwd=root,
+            env=stage_environment(params),
+            on_line=logger.info,
+            log_file=layout.run_dir(stage) / "output.log",
+            time_limit=params.flow.stage_time_limit,
+            on_tick=on_tick,
+        )
+    finally:
+        tracking.finish()
     if done.timed_out or done.returncode != 0:
         raise stage_error(stage, done, layout, params)
     progress.finish()
@@ -77,17 +85,16 @@ def run_stage(root: Path, stage: str, params: Params, parent_run_id: str = "") -
     return result
 
 
-def stage_environment(root: Path, params: Params, parent_run_id: str) -> dict[str, str]:
-    """This process's environment with telemetry off, the hub off unless named, and our programs first on
-    PATH."""
+def stage_environment(params: Params) -> dict[str, str]:
+    """This process's environment with telemetry off, the hub off unless named, tracking left to us, and our
+    programs first on PATH."""
     bin_dir = str(Path(sys.executable).parent)
     env = {**QUIET, **os.environ, "PATH": f"{bin_dir}{os.pathsep}{os.environ.get('PATH', '')}"}
     sources = (*params.data.demonstrations, *params.data.preferences, *params.data.prompts)
     if params.model.source != "hub" and not any(source.startswith("hub:") for source in sources):
         env["HF_HUB_OFFLINE"] = "1"
     env[PARENT_DEATH_VARIABLE] = "1"
-    if parent_run_id:
-        env[PARENT_VARIABLE] = parent_run_id
+    env.setdefault(SWITCH_VARIABLE, "spool")
     return env
 
 

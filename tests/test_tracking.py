@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 
+import pandas as pd
 import pytest
 
 from rlhf_core.config import change_params, load_params
 from rlhf_core.errors import InputError
 from rlhf_core.layout import Layout
-from rlhf_core.mlflow_writer import EXPERIMENT, PARENT_VARIABLE, open_client, registered_model_dir
-from rlhf_core.stages.runner import history_csv, open_tracker, round_metrics, run_stage
+from rlhf_core.mlflow_writer import EXPERIMENT, MlflowWriter, open_client, registered_model_dir
+from rlhf_core.stages.runner import history_csv, open_tracker, open_writer, round_metrics, run_stage
+from rlhf_core.tracking_spool import SpoolFollower
 
 
 @pytest.fixture
@@ -22,7 +25,7 @@ def layout(root, tmp_path, monkeypatch):
     sources = {"data.demonstrations": ["mine.jsonl"], "data.preferences": [], "data.prompts": ["mine.jsonl"]}
     change_params(layout.params, sources)
     monkeypatch.chdir(tmp_path)
-    for name in ("MLFLOW_TRACKING_URI", "RLHF_TRACKING", PARENT_VARIABLE):
+    for name in ("MLFLOW_TRACKING_URI", "RLHF_TRACKING"):
         monkeypatch.delenv(name, raising=False)
     return layout
 
@@ -64,14 +67,85 @@ def test_run_ends_as_its_stage_does(layout, error, status):
     assert run.info.status == status
 
 
-def test_retry_under_the_same_flow_goes_on_with_its_run(layout, monkeypatch):
-    params = load_params(layout.params)
-    monkeypatch.setenv(PARENT_VARIABLE, "a" * 32)
-    for _ in range(2):
-        run_stage("prepare", params, layout)
-    monkeypatch.setenv(PARENT_VARIABLE, "b" * 32)
-    run_stage("prepare", params, layout)
+def test_retry_under_the_same_flow_goes_on_with_its_run(layout):
+    for parent in ("a" * 32, "a" * 32, "b" * 32):
+        MlflowWriter("prepare", layout.root, {}, parent).close("FINISHED")
     assert sorted(r.data.tags["mlflow.parentRunId"][0] for r in runs(layout)) == ["a", "b"]
+
+
+def test_what_a_killed_flow_left_running_is_closed_by_the_next(layout):
+    client = open_client(layout.root)
+    parent = client.create_run(client.create_experiment(EXPERIMENT), run_name="train").info.run_id
+    left = MlflowWriter("prepare", layout.root, {}, parent)
+    left.tag("any", "thing")
+    left._jobs.put(None)  # the thread ends, as in a killed process, and the run stays open
+    left._thread.join()
+    MlflowWriter("prepare", layout.root, {}, "b" * 32).close("FINISHED")
+    assert sorted(r.info.status for r in runs(layout)) == ["FINISHED", "KILLED", "KILLED"]
+
+
+def track(layout, monkeypatch, switch):
+    """A stage that uses all that a tracker offers, in this process; the flow's follower beside it."""
+    monkeypatch.setenv("RLHF_TRACKING", switch)
+    run_dir = layout.run_dir("ppo")
+    follower = SpoolFollower(run_dir, lambda params: MlflowWriter("ppo", layout.root, params, "a" * 32))
+    report = layout.root / "report.txt"
+    report.write_text("all is well")
+    rows = layout.root / "rows.parquet"
+    pd.DataFrame({"prompt": ["a"], "messages": [[]]}).to_parquet(rows)
+    with open_tracker("ppo", load_params(layout.params), layout) as tracker:
+        for step in range(3):
+            tracker.log({"objective/kl": step / 2, "objective/odd": math.nan}, step)
+            follower.update()
+        tracker.dataset("prompts", rows, "training")
+        tracker.table("samples", [{"prompt": "ä\n", "score": 1.0}])
+        tracker.warn("kl", "too high")
+        tracker.artifact(report)
+        tracker.log_perf({"perf/seconds": 1.5})
+        tracker.final({"ppo/kl": 2.0})
+    follower.finish()
+
+
+def seen(run, client):
+    history = client.get_metric_history(run.info.run_id, "objective/kl")
+    return {
+        "status": run.info.status,
+        "params": run.data.params,
+        "metrics": {name: repr(value) for name, value in run.data.metrics.items()},
+        "history": [(m.step, m.value) for m in history],
+        "warning": run.data.tags["warning.kl"],
+        "artifacts": [a.path for a in client.list_artifacts(run.info.run_id)],
+        "data": [(d.dataset.name, d.dataset.digest) for d in run.inputs.dataset_inputs],
+    }
+
+
+def test_flow_that_follows_a_stage_writes_what_the_stage_would_have_written(layout, monkeypatch):
+    for switch in ("", "spool"):
+        track(layout, monkeypatch, switch)
+    followed, direct = runs(layout)  # newest first
+    assert "mlflow.parentRunId" in followed.data.tags
+    assert "mlflow.parentRunId" not in direct.data.tags
+    client = open_client(layout.root)
+    assert seen(followed, client) == seen(direct, client)
+
+
+def test_stage_that_is_killed_is_closed_by_the_flow_that_sees_it(layout, monkeypatch):
+    monkeypatch.setenv("RLHF_TRACKING", "spool")
+    run_dir = layout.run_dir("sft")
+    follower = SpoolFollower(run_dir, lambda params: MlflowWriter("sft", layout.root, params))
+    writer = open_writer("sft", load_params(layout.params), layout)
+    writer.metrics({"sft/loss": 1.0}, 7)
+    with (run_dir / "tracking.jsonl").open("a") as file:
+        file.write('["metrics", [["sft/lo')  # killed inside a line
+    follower.finish()
+    (run,) = runs(layout)
+    assert run.info.status == "KILLED"
+    assert run.data.metrics == {"sft/loss": 1.0}
+
+
+def test_stage_that_writes_nothing_gets_no_run(layout):
+    SpoolFollower(layout.run_dir("sft"), lambda params: pytest.fail("a run was opened")).finish()
+    assert runs(layout) == []
 
 
 def test_store_that_cannot_be_written_costs_a_warning_and_no_result(layout, monkeypatch, capsys):

@@ -21,6 +21,7 @@ from rlhf_core.errors import RLHFError
 from rlhf_core.layout import Layout
 from rlhf_core.mlflow_writer import SWITCH_VARIABLE, MlflowWriter
 from rlhf_core.tracking import SilentTracker, Tracker
+from rlhf_core.tracking_spool import SpoolWriter
 
 SECTIONS = {"base": "model", "prepare": "data", "validate": "validate_"}  # the others are named as the stage
 
@@ -58,9 +59,7 @@ def run_stage(stage: str, params: Params, layout: Layout) -> dict[str, float]:
 @contextmanager
 def open_tracker(stage: str, params: Params, layout: Layout) -> Iterator[Tracker]:
     """A tracker that ends its MLflow run truly, whatever ends the block."""
-    off = os.environ.get(SWITCH_VARIABLE) == "off"
-    writer = None if off else MlflowWriter(stage, layout.root, stage_params(stage, params))
-    tracker = Tracker(stage, layout.run_dir(stage), writer)
+    tracker = Tracker(stage, layout.run_dir(stage), writer := open_writer(stage, params, layout))
     status = "FINISHED"
     try:
         yield tracker
@@ -74,6 +73,16 @@ def open_tracker(stage: str, params: Params, layout: Layout) -> Iterator[Tracker
         tracker.close_bar()
         if writer is not None:
             writer.close(status)
+
+
+def open_writer(stage: str, params: Params, layout: Layout) -> MlflowWriter | SpoolWriter | None:
+    """Where the tracker sends what it is told: to MLflow, to the flow that started us, or nowhere."""
+    switch = os.environ.get(SWITCH_VARIABLE, "")
+    if switch == "off":
+        return None
+    if switch == "spool":
+        return SpoolWriter(layout.run_dir(stage), stage_params(stage, params))
+    return MlflowWriter(stage, layout.root, stage_params(stage, params))
 
 
 def stage_params(stage: str, params: Params) -> dict[str, Any]:

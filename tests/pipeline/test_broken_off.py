@@ -29,11 +29,12 @@ def test_killed_run_goes_on_and_gives_the_same_bytes(clone, finished, tmp_path):
     flow = start(["rlhf", "run"], clone, tmp_path / "flow.log")
     checkpoints = clone / ".rlhf" / "runs" / "ppo" / "checkpoints"
     try:
-        wait_for(lambda: flow.poll() is not None or list(checkpoints.glob("*/*.json")))
-        assert flow.poll() is None, (tmp_path / "flow.log").read_text()[-2000:]
+        wait_for(lambda: flow.poll() is not None or (clone / "models" / "base").exists())
         busy = run(["rlhf", "run"], clone)
         assert busy.returncode == 1
         assert f"another run works here (process {flow.pid})" in busy.stderr
+        wait_for(lambda: flow.poll() is not None or list(checkpoints.glob("*/*.json")))
+        assert flow.poll() is None, (tmp_path / "flow.log").read_text()[-2000:]
     finally:
         flow.send_signal(signal.SIGKILL)
         flow.wait()
