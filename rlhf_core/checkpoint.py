@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from rlhf_core import ranks
 from rlhf_core.atomic import staged_dir
+from rlhf_core.modeling import sharding
 
 KEEP = 2
 
@@ -40,12 +41,14 @@ class Checkpoints:
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         from safetensors.torch import save_file
 
+        tensors = {name: sharding.whole(tensor.detach()) for name, tensor in tensors.items()}
         if not ranks.is_first():
             return
         final = self.directory / f"step-{step:08d}"
         with staged_dir(final) as out:
             save_file(
-                {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, out / "tensors.safetensors"
+                {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
+                out / "tensors.safetensors",
             )
             (out / "state.json").write_text(json.dumps(state))
             sums = {name: sha256(out / name) for name in ("tensors.safetensors", "state.json")}
@@ -126,11 +129,15 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, prefix: str, tensors: Mapping[str, Tensor]
 ) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     states: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith(f"{prefix}."):
             _, index, name = key.rsplit(".", 2)
-            states.setdefault(int(index), {})[name] = value
+            like = parameters[int(index)]
+            states.setdefault(int(index), {})[name] = (
+                sharding.placed_like(value, like) if value.shape == like.shape else value
+            )
     optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
 
 
@@ -143,4 +150,4 @@ def load_parameter_tensors(
     parameters: Sequence[nn.Parameter], prefix: str, tensors: Mapping[str, Tensor]
 ) -> None:
     for i, parameter in enumerate(parameters):
-        parameter.copy_(tensors[f"{prefix}.{i}"])
+        parameter.copy_(sharding.placed_like(tensors[f"{prefix}.{i}"], parameter))

@@ -84,7 +84,7 @@ def _stage_command(stage: str) -> Callable[[], None]:
         if stage in TRAININGS and params.run.num_processes > 1 and "RANK" not in os.environ:
             from rlhf_core.launch import in_processes
 
-            in_processes(stage, params.run.num_processes, layout)
+            in_processes(stage, params.run, layout)
         run_stage(stage, params, layout)
 
     command.__name__ = stage

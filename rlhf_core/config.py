@@ -38,6 +38,12 @@ class RunConfig(Section):
     device: Literal["auto", "cpu", "cuda"]
     precision: Literal["auto", "float32", "bfloat16"]
     num_processes: PositiveInt
+    shard_weights: bool
+
+    @classmethod
+    def alone(cls) -> Self:
+        """Of a model that is only talked to, outside of any workspace."""
+        return cls(seed=0, device="auto", num_processes=1, shard_weights=False, precision="auto")
 
 
 class LoRAConfig(Section):

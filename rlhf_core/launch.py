@@ -7,8 +7,10 @@ import signal
 import sys
 from typing import NoReturn
 
+from rlhf_core.config import RunConfig
 from rlhf_core.errors import LostRankError, RLHFError
 from rlhf_core.layout import Layout
+from rlhf_core.ranks import FSDP_VARIABLE, VERSION_VARIABLE
 
 # How a process ends because another one did: it lost the connection, or was told to stop.
 CONSEQUENCES = (LostRankError.exit_code, 130, -signal.SIGTERM)
@@ -18,8 +20,8 @@ class ProcessDiedError(RLHFError):
     """One of the processes of a stage ended early; the others were stopped."""
 
 
-def in_processes(stage: str, processes: int, layout: Layout) -> NoReturn:
-    """Run `rlhf STAGE` as `processes` ranks; leaves with the status of the first that failed.
+def in_processes(stage: str, run: RunConfig, layout: Layout) -> NoReturn:
+    """Run `rlhf STAGE` as `run.num_processes` ranks; leaves with the status of the first that failed.
 
     The first rank prints; the output of the others goes to .rlhf/runs/STAGE/ranks.
     Raises ProcessDiedError when a rank was killed, or failed without a word on the terminal.
@@ -29,6 +31,9 @@ def in_processes(stage: str, processes: int, layout: Layout) -> NoReturn:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    processes = run.num_processes
+    if run.shard_weights:
+        os.environ |= {FSDP_VARIABLE: "true", VERSION_VARIABLE: "2"}
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     os.environ["TORCHELASTIC_ERROR_FILE"] = os.devnull
     logs = layout.run_dir(stage) / "ranks"

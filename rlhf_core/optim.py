@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from rlhf_core import ranks
 from rlhf_core.errors import RLHFError
+from rlhf_core.modeling import sharding
 
 MOST_SKIPPED = 5
 
@@ -19,6 +21,14 @@ class DivergedError(RLHFError):
     exit_code = 4
 
 
+def make_optimizer(
+    parameters: Sequence[nn.Parameter], learning_rate: float, *, eps: float = 1e-8
+) -> torch.optim.Optimizer:
+    """AdamW without weight decay. Sharded parameters and whole ones cannot be in one fused step."""
+    foreach = False if ranks.shard_weights() else None
+    return torch.optim.AdamW(parameters, lr=learning_rate, eps=eps, weight_decay=0.0, foreach=foreach)
+
+
 def step_if_finite(
     optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], max_grad_norm: float
 ) -> tuple[float, bool]:
@@ -26,12 +36,26 @@ def step_if_finite(
 
     With a norm that is infinite or not a number nothing changes: neither weights nor moments.
     """
-    norm = float(nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+    norm = _clip(parameters, max_grad_norm)
     finite = math.isfinite(norm)
     if finite:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm, finite
+
+
+def _clip(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
+    """Scale all gradients down to a common norm of at most `max_norm`; the norm before, over all ranks."""
+    graded = [p for p in parameters if p.grad is not None]
+    sharded = [p for p in graded if sharding.is_sharded(p)]
+    if not sharded:
+        return float(nn.utils.clip_grad_norm_(graded, max_norm))
+    groups = sharded, [p for p in graded if not sharding.is_sharded(p)]
+    norms = [nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups]
+    norm = torch.stack([sharding.whole(part) for part in norms]).norm()
+    for group in groups:
+        nn.utils.clip_grads_with_norm_(group, max_norm, norm)
+    return float(norm)
 
 
 class SkipGuard:

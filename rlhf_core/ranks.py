@@ -12,13 +12,17 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from rlhf_core.errors import LostRankError
+from rlhf_core.errors import InputError, LostRankError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
 Item = TypeVar("Item")
+
+# The names by which `accelerate launch` tells its processes; run.shard_weights sets the same.
+FSDP_VARIABLE, VERSION_VARIABLE = "ACCELERATE_USE_FSDP", "FSDP_VERSION"
+DEEPSPEED_VARIABLE = "ACCELERATE_USE_DEEPSPEED"
 
 
 def rank() -> int:
@@ -33,6 +37,23 @@ def count() -> int:
 def is_first() -> bool:
     """Whether this process is the one that writes."""
     return rank() == 0
+
+
+def shard_weights() -> bool:
+    """Whether the ranks of this training split its weights between them (see modeling/sharding.py).
+
+    Raises InputError for what a launcher may ask for and this does not do.
+    """
+    if os.environ.get(DEEPSPEED_VARIABLE) == "true":
+        raise InputError(
+            "accelerate launch: DeepSpeed is not supported; configs/accelerate/fsdp2.yaml shards weights, "
+            "gradients and moments as its stage 3 does"
+        )
+    if count() == 1 or os.environ.get(FSDP_VARIABLE) != "true":
+        return False
+    if (version := os.environ.get(VERSION_VARIABLE, "1")) != "2":
+        raise InputError(f"accelerate launch: fsdp_version is {version}, must be 2")
+    return True
 
 
 def join(device: torch.device) -> None:
@@ -64,6 +85,17 @@ def share(items: Sequence[Item]) -> list[Item]:
     return list(items[rank() :: count()])
 
 
+def share_passes(items: Sequence[Item]) -> list[tuple[Item, float]]:
+    """`share` for passes with gradients: each item with its weight, 1.
+
+    Where weights are sharded a pass needs all ranks, so each must make as many: one with fewer items takes
+    another's once more, with the weight 0.
+    """
+    own = [(item, 1.0) for item in share(items)]
+    missing = -(-len(items) // count()) - len(own)
+    return own + [(items[-1], 0.0)] * missing if shard_weights() else own
+
+
 def gather(items: Sequence[Item]) -> list[Item]:
     """The items that `share` dealt out, from all ranks, in their first order."""
     if count() == 1:
@@ -82,8 +114,12 @@ def total(parts: Sequence[Mapping[str, Tensor | float]]) -> dict[str, float]:
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Replace each gradient by its sum over ranks. One that no rank has stays None."""
-    if count() == 1:
+    """Replace each gradient by its sum over ranks. One that no rank has stays None.
+
+    The gradients of sharded parameters are such sums already.
+    """
+    parameters = [p for p in parameters if not hasattr(p, "full_tensor")]
+    if count() == 1 or not parameters:
         return
     import torch
 

@@ -27,8 +27,7 @@ class ChatPolicy(mlflow.pyfunc.PythonModel):
         from rlhf_core.config import RunConfig
         from rlhf_core.modeling.loading import load_policy
 
-        run = RunConfig(seed=0, device="auto", num_processes=1, precision="auto")
-        self._model, self._tokenizer = load_policy(Path(context.artifacts["policy"]), run)
+        self._model, self._tokenizer = load_policy(Path(context.artifacts["policy"]), RunConfig.alone())
 
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # MLflow reads hints
         """One chat completion for a request; a list of them for several rows."""

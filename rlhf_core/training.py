@@ -23,7 +23,8 @@ from rlhf_core.checkpoint import (
     optimizer_tensors,
     parameter_tensors,
 )
-from rlhf_core.optim import SkipGuard, step_if_finite
+from rlhf_core.modeling import sharding
+from rlhf_core.optim import SkipGuard, make_optimizer, step_if_finite
 from rlhf_core.tracking import Tracker
 
 
@@ -109,7 +110,7 @@ def train(
 
     Goes on from the newest checkpoint of the same run.
     """
-    optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=0.0)
+    optimizer = make_optimizer(parameters, schedule.learning_rate)
     best = Best(parameters) if schedule.keep == "best" else None
     first = _resume(optimizer, parameters, best, checkpoints, tracker)
     tracker.progress(first, schedule.num_steps)
@@ -143,6 +144,7 @@ def train(
         {
             "perf/tokens_per_second": tokens / max(1e-9, time.monotonic() - started),
             "perf/gflops_per_second": flops / 1e9 / max(1e-9, training_seconds),
+            "perf/sharded_parameters": sharding.sharded_share(parameters),
         }
     )
     return evaluation if best is None else best.restore()
@@ -187,10 +189,12 @@ def train_step(
     task.start_step(step)
     weight = task.weight(batch)
     sums: list[dict[str, Tensor]] = []
-    for rows in ranks.share(in_micro_batches(batch, schedule.micro_batch_size, task.length)):
+    parts = in_micro_batches(batch, schedule.micro_batch_size, task.length)
+    for rows, counts in ranks.share_passes(parts):
         loss, stats = task.loss(rows)
-        (loss / weight).backward()
-        sums.append(stats | {"train/loss": loss.detach()})
+        (counts * loss / weight).backward()
+        if counts:
+            sums.append(stats | {"train/loss": loss.detach()})
     ranks.sum_gradients(parameters)
     learning_rate = schedule.learning_rate_at(step)
     for group in optimizer.param_groups:
@@ -235,7 +239,8 @@ def _resume(
     if best is not None:
         best.evaluation = checkpoint.state["best"]
         kept = {name: tensor for name, tensor in checkpoint.tensors.items() if name.startswith("best.")}
-        best.tensors = {name: tensor.to(parameters[0].device) for name, tensor in kept.items()}
+        likes = parameter_tensors(parameters, "best")
+        best.tensors = {name: sharding.placed_like(tensor, likes[name]) for name, tensor in kept.items()}
     restore_history(tracker, checkpoint.state["history"])
     return int(checkpoint.state["step"])
 

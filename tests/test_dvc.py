@@ -24,6 +24,7 @@ NOT_IN_RESULTS = {
     "rlhf_core.mlflow_writer",
     "rlhf_core.stages",
     "rlhf_core.tracking",
+    "rlhf_core.tracking_spool",
 }
 
 

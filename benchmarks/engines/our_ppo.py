@@ -19,10 +19,11 @@ from rlhf_core.generation import Generation
 from rlhf_core.modeling.loading import load_policy, load_tokenizer
 from rlhf_core.modeling.reward import Normalisation, ScalarHead, scorer_of_roles
 from rlhf_core.modeling.roles import REFERENCE, FullRoles, Roles, adapter_roles
+from rlhf_core.optim import make_optimizer
 from rlhf_core.rl import rollout as rollouts
 from rlhf_core.rl.ppo import update
 from rlhf_core.rl.rollout import Actors, collect
-from rlhf_core.stages.ppo import make_optimizer
+from rlhf_core.stages.ppo import ADAM_EPS
 
 
 def params_of(case: dict) -> Params:
@@ -77,8 +78,8 @@ def main() -> None:
     config: PPOConfig = params.ppo
     actors = make_actors(case, params)
     optimizers = (
-        make_optimizer(actors.policy_parameters(), config.learning_rate),
-        make_optimizer(actors.critic_parameters(), config.critic_learning_rate),
+        make_optimizer(actors.policy_parameters(), config.learning_rate, eps=ADAM_EPS),
+        make_optimizer(actors.critic_parameters(), config.critic_learning_rate, eps=ADAM_EPS),
     )
     conversations = case["conversations"] * (1 + (case["batches"] + 2) * case["batch"])
     seconds, tokens = [], []

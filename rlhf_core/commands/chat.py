@@ -116,7 +116,7 @@ def _run_config(layout: Layout) -> RunConfig:
 
     if layout.params.is_file():
         return load_params(layout.params).run
-    return RunConfig(seed=0, device="auto", num_processes=1, precision="auto")
+    return RunConfig.alone()
 
 
 def find_model(name: str, layout: Layout) -> Path:

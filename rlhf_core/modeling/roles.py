@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_core.config import LoRAConfig, Params
-from rlhf_core.modeling import lora
+from rlhf_core.modeling import lora, sharding
 from rlhf_core.modeling.flops import Flops
 from rlhf_core.modeling.loading import load_policy, load_tokenizer, resolve_device, resolve_dtype
 from rlhf_core.modeling.trunk import last_hidden
@@ -45,9 +46,11 @@ class AdapterRoles:
         self._model = model
         self._config = config
         self._active = lora.adapt(model, config)
+        self._names: list[str] = []
 
     def add(self, role: str, *, seed: int, start: Path | None = None) -> None:
         """Add a role; `start` is a model directory whose adapter it takes over."""
+        self._names.append(role)
         lora.add_adapter(self._model, role, seed)
         if start is not None:
             lora.load_adapter_state(self._model, role, lora.read_adapter(start / "adapter"))
@@ -61,6 +64,26 @@ class AdapterRoles:
             yield self._model
         finally:
             self._active.name = before
+
+    def shard(self) -> None:
+        """Split the weights over the ranks, where that is asked for; all roles have been added."""
+        sharding.shard_blocks(self._model)
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Whole weights, for passes without gradient; all ranks enter and leave together."""
+        return sharding.gathered([self._model])
+
+    def unshard(self) -> None:
+        """Make the weights whole to `export` them. All ranks take part, the first one gets them."""
+
+        def build() -> PreTrainedModel:
+            plain = like(self._model)
+            lora.adapt(plain, self._config)
+            for role in self._names:
+                lora.add_adapter(plain, role, seed=0)
+            return plain
+
+        self._model = sharding.unsharded(self._model, build)
 
     def hidden(self, role: str, *inputs: Tensor | None) -> Tensor:
         """Last hidden states (S, T, D) of `TokenBatch.inputs`."""
@@ -113,6 +136,18 @@ class FullRoles:
         with torch.autocast(self.device.type, self._dtype, enabled=self._dtype != torch.float32):
             yield self._models[role]
 
+    def shard(self) -> None:
+        for model in self._models.values():
+            sharding.shard_blocks(model)
+
+    def gathered(self) -> AbstractContextManager[None]:
+        return sharding.gathered(self._models.values())
+
+    def unshard(self) -> None:
+        for role, model in self._models.items():
+            if any(p.requires_grad for p in model.parameters()):
+                self._models[role] = sharding.unsharded(model, partial(like, model))
+
     def hidden(self, role: str, *inputs: Tensor | None) -> Tensor:
         with self.using(role) as model:
             again = partial(self.using, role) if self._recompute else None
@@ -139,6 +174,13 @@ class FullRoles:
 Roles = AdapterRoles | FullRoles
 
 
+def like(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same shape and type on the CPU; its weights are not those of `model`."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(model.config, dtype=model.dtype).eval()
+
+
 def adapter_roles(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, params: Params) -> AdapterRoles:
     config = params.model
     return AdapterRoles(model, tokenizer, config.lora, recompute=config.gradient_checkpointing)
@@ -150,9 +192,11 @@ def open_roles(params: Params, base: Path, *, trained: Sequence[str], seed: int)
         full = FullRoles(load_tokenizer(base), params)
         for role in trained:
             full.add(role, path=base)
+        full.shard()
         return full
     model, tokenizer = load_policy(base, params.run)
     adapted = adapter_roles(model, tokenizer, params)
     for i, role in enumerate(trained):
         adapted.add(role, seed=seed + i)
+    adapted.shard()
     return adapted

@@ -37,20 +37,24 @@ def ppo_step(
     """
     num_tokens = minibatch.response_mask.sum()
     sums: list[dict[str, Tensor]] = []
-    for part in ranks.share(minibatch.micro_batches(config.micro_batch_size)):
+    parts = minibatch.micro_batches(config.micro_batch_size)
+    for part, counts in ranks.share_passes(parts):
         batch = part.batch(actors.roles.tokenizer.pad_token_id)
         mask = part.response_mask
         stats: dict[str, Tensor] = {}
         if policy_optimizer is not None:
-            stats |= _policy_backward(actors, part, batch, config, kl_coef, num_tokens)
+            loss, own = _policy_objective(actors, part, batch, config, kl_coef)
+            (counts * loss / num_tokens).backward()
+            stats |= own
         if critic_optimizer is not None:
             values = actors.values(batch)
             vf_loss, vf_stats = value_loss(
                 values, part.values, part.returns, mask, cliprange=config.cliprange_value
             )
-            (vf_loss / num_tokens).backward()
+            (counts * vf_loss / num_tokens).backward()
             stats |= vf_stats | {"value/loss": vf_loss.detach()}
-        sums.append(stats)
+        if counts:
+            sums.append(stats)
 
     norms: dict[str, float] = {}
     if mix is not None and policy_optimizer is not None:
@@ -65,10 +69,10 @@ def ppo_step(
     return {name: value / int(num_tokens) for name, value in ranks.total(sums).items()} | norms
 
 
-def _policy_backward(
-    actors: Actors, part: Rollout, batch: TokenBatch, config: PPOConfig, kl_coef: float, num_tokens: Tensor
-) -> dict[str, Tensor]:
-    """Gradient of the surrogate and of the terms beside it, and their sums over response tokens."""
+def _policy_objective(
+    actors: Actors, part: Rollout, batch: TokenBatch, config: PPOConfig, kl_coef: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The surrogate with the terms beside it, and metrics: sums over response tokens."""
     mask = part.response_mask
     logprobs, entropy = actors.logprobs(
         "policy", batch, config.sampling.temperature, entropy_gradient=config.entropy_coef > 0.0
@@ -89,8 +93,7 @@ def _policy_backward(
         kl = masked_sum(kl_estimate(logprobs, part.ref_logprobs, config.kl_estimator), mask)
         stats["policy/kl_loss"] = kl.detach()
         loss = loss + kl_coef * kl
-    (loss / num_tokens).backward()
-    return stats | {"policy/loss": surrogate.detach()}
+    return loss, stats | {"policy/loss": surrogate.detach()}
 
 
 def update(

@@ -163,7 +163,8 @@ def collect(
     """
     price = config.kl_coef if kl_coef is None else kl_coef
     own = ranks.share(range(len(conversations)))
-    rollout = _sample(actors, conversations, own, config, seed) if own else None
+    with actors.roles.gathered():
+        rollout = _sample(actors, conversations, own, config, seed) if own else None
     parts = rollout.to(torch.device("cpu")).by_prompt(config.samples_per_prompt) if rollout else []
     rollout = merge(ranks.gather(parts)).to(actors.roles.device)
     return with_advantages(rollout, config, price, (shape or ScoreShaper(config))(rollout.scores))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlhf_core import ranks
 from rlhf_core.checkpoint import (
@@ -28,6 +28,7 @@ from rlhf_core.data.rows import read_rows
 from rlhf_core.errors import InputError
 from rlhf_core.labelers import FunctionLabeler, Labeler, make_labeler
 from rlhf_core.layout import Layout
+from rlhf_core.modeling import sharding
 from rlhf_core.modeling.loading import load_policy, load_tokenizer, read_provenance
 from rlhf_core.modeling.reward import (
     load_head,
@@ -37,7 +38,7 @@ from rlhf_core.modeling.reward import (
     scorer_of_roles,
 )
 from rlhf_core.modeling.roles import REFERENCE, FullRoles, Roles, adapter_roles
-from rlhf_core.optim import SkipGuard
+from rlhf_core.optim import SkipGuard, make_optimizer
 from rlhf_core.rl.alarms import alarms
 from rlhf_core.rl.kl import KLController
 from rlhf_core.rl.ppo import update
@@ -46,6 +47,8 @@ from rlhf_core.rl.rollout import Actors, Rollout, collect, rollout_metrics
 from rlhf_core.stages.sft import CompletionTask, encode_file, save_causal_model
 from rlhf_core.tracking import Tracker
 from rlhf_core.training import in_micro_batches, restore_history, step_rows
+
+ADAM_EPS = 1e-5  # of the PPO reproductions (Huang et al. 2024)
 
 
 def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
@@ -101,6 +104,7 @@ def open_actors(params: Params, layout: Layout) -> Actors:
             roles.add("critic", seed=0, start=reward)
         for i, directory in enumerate(members):
             roles.add(member_role(i), seed=0, start=directory)
+    roles.shard()
     with roles.using("policy") as model:
         heads = [load_head(path, model.config.hidden_size).to(roles.device) for path in members]
     constants = [load_normalisation(path) for path in members]
@@ -135,10 +139,11 @@ class DemonstrationMix:
         rows = [self.rows[i] for i in step_rows(len(self.rows), self.batch_size, step, self.seed)]
         weight = self.task.weight(rows)
         sums = []
-        for part in ranks.share(in_micro_batches(rows, self.micro_batch_size, len)):
+        parts = in_micro_batches(rows, self.micro_batch_size, len)
+        for part, counts in ranks.share_passes(parts):
             loss, _ = self.task.loss(part)
-            (self.coef * loss / weight).backward()
-            sums.append({"loss": loss.detach() / weight})
+            (counts * self.coef * loss / weight).backward()
+            sums.append({"loss": counts * loss.detach() / weight})
         return ranks.total(sums)["loss"]
 
 
@@ -167,9 +172,11 @@ class Training:
         self.prompts, self.gold = prompts, gold
         self.checkpoints, self.tracker = checkpoints, tracker
         config = params.ppo
-        self.policy_optimizer = make_optimizer(actors.policy_parameters(), config.learning_rate)
-        critic = actors.critic_parameters()
-        self.critic_optimizer = make_optimizer(critic, config.critic_learning_rate) if critic else None
+        policy, critic = actors.policy_parameters(), actors.critic_parameters()
+        self.policy_optimizer = make_optimizer(policy, config.learning_rate, eps=ADAM_EPS)
+        self.critic_optimizer = (
+            make_optimizer(critic, config.critic_learning_rate, eps=ADAM_EPS) if critic else None
+        )
         self.kl = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
         self.shape = ScoreShaper(config)
         self.mix = mix
@@ -285,6 +292,8 @@ class Training:
 
     def log_speed(self) -> None:
         perf = {"perf/response_tokens_per_second": self.tokens / max(1e-9, sum(self.seconds.values()))}
+        trained = [*self.actors.policy_parameters(), *self.actors.critic_parameters()]
+        perf["perf/sharded_parameters"] = sharding.sharded_share(trained)
         for phase, seconds in self.seconds.items():
             perf[f"perf/{phase}_seconds"] = seconds
             perf[f"perf/{phase}_gflops_per_second"] = self.flops[phase] / 1e9 / max(1e-9, seconds)
@@ -322,10 +331,9 @@ class Training:
             load_optimizer_tensors(self.critic_optimizer, "critic_optimizer", tensors)
         self.kl.coef = checkpoint.state["kl_coef"]
         self.shape.load(checkpoint.state["score_moments"])
-        device = self.actors.roles.device
-        self.average = [tensors[f"average.{i}"].to(device) for i in range(len(self.average))]
-        count = len(self.actors.policy_parameters())
-        kept = [tensors[f"snapshot.{i}"].to(device) for i in range(count)]
+        policy = self.actors.policy_parameters()
+        self.average = [sharding.placed_like(tensors[f"average.{i}"], p) for i, p in enumerate(self.average)]
+        kept = [sharding.placed_like(tensors[f"snapshot.{i}"], p) for i, p in enumerate(policy)]
         self.snapshot = Snapshot(checkpoint.state["snapshot_update"], kept)
         restore_history(self.tracker, checkpoint.state["history"])
         return int(checkpoint.state["next"])
@@ -343,11 +351,6 @@ def sample_rows(number: int, rollout: Rollout, most: int) -> list[dict[str, Any]
         }
         for messages, answer, score in list(episodes)[:most]
     ]
-
-
-def make_optimizer(parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
-    """Adam with the epsilon of the PPO reproductions, 1e-5 (Huang et al. 2024)."""
-    return torch.optim.AdamW(parameters, lr=learning_rate, eps=1e-5, weight_decay=0.0)
 
 
 def learning_rate_factor(number: int, config: PPOConfig) -> float:

@@ -81,7 +81,8 @@ class TextTask(Task):
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         parts = ranks.share(in_micro_batches(self.eval_rows, self.micro_batch_size, len))
-        sums = ranks.total([{"loss": self.loss(rows)[0]} for rows in parts])
+        with self.roles.gathered():
+            sums = ranks.total([{"loss": self.loss(rows)[0]} for rows in parts])
         return {"eval/loss": sums["loss"] / self.weight(self.eval_rows)}
 
 
@@ -91,6 +92,7 @@ def _pretrain(params: Params, layout: Layout, tracker: Tracker) -> dict[str, flo
 
     roles = FullRoles(load_tokenizer(layout.model("base")), params)
     roles.add(ROLE, path=layout.model("base"))
+    roles.shard()
     files = {split: layout.prepared_file("demonstrations", split) for split in ("train", "eval")}
     texts = {split: encode_texts(roles, file, config.max_length) for split, file in files.items()}
     eval_rows = texts["eval"][: 4 * config.batch_size]
@@ -114,6 +116,7 @@ def _pretrain(params: Params, layout: Layout, tracker: Tracker) -> dict[str, flo
     after = train(
         task, texts["train"], roles.parameters(ROLE), schedule, checkpoints, tracker, seed=params.run.seed
     )
+    roles.unshard()
     if ranks.is_first():
         with staged_dir(layout.model("pretrained")) as out:
             model = roles.export(ROLE, out, "CAUSAL_LM")

@@ -95,7 +95,9 @@ class PairwiseTask(Task):
         chosen, rejected = torch.zeros(2, len(self.heads), len(pairs))
         parts = in_micro_batches(rankings(pairs), self.config.micro_batch_size, self.length)
         parts = [[pair for row in rows for pair in row] for rows in parts]
-        scores = ranks.gather([torch.stack(self.scores(part)).cpu() for part in ranks.share(parts)])
+        with self.roles.gathered():
+            own = [torch.stack(self.scores(part)).cpu() for part in ranks.share(parts)]
+        scores = ranks.gather(own)
         for part, found in zip(parts, scores, strict=True):
             where = [index[id(pair)] for pair in part]
             chosen[:, where], rejected[:, where] = found
@@ -184,6 +186,7 @@ def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
     constants = fit_normalisation(task, used)
     metrics = evaluate_reward_model(decided, scores, params)
     metrics |= ensemble_metrics(scores, constants) if len(heads) > 1 else {}
+    roles.unshard()
     if ranks.is_first():
         write_pairs(layout.pair_scores, decided, scores, constants)
         _save(roles, heads, constants, params, layout)

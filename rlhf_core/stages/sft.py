@@ -93,9 +93,10 @@ class CompletionTask(Task):
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         parts = []
-        for rows in ranks.share(in_micro_batches(self.eval_rows, self.config.micro_batch_size, len)):
-            loss, stats = self._loss(rows)
-            parts.append({"loss": loss, "correct": stats["train/token_accuracy"]})
+        with self.roles.gathered():
+            for rows in ranks.share(in_micro_batches(self.eval_rows, self.config.micro_batch_size, len)):
+                loss, stats = self._loss(rows)
+                parts.append({"loss": loss, "correct": stats["train/token_accuracy"]})
         sums, weight = ranks.total(parts), self.weight(self.eval_rows)
         return {
             "eval/loss": sums["loss"] / weight,
@@ -223,6 +224,7 @@ def encode_example(
 
 def save_causal_model(roles: Roles, final: Path, params: Params, origin: dict[str, object]) -> None:
     """Write the trained policy as a plain Hugging Face directory, its adapter beside it."""
+    roles.unshard()
     if not ranks.is_first():
         return
     with staged_dir(final) as out:

@@ -17,9 +17,10 @@ LONG_PROMPT = list(range(10, 10 + SHARED_PROMPT))
 
 @pytest.fixture(scope="module")
 def model(tiny_model_dir):
-    return load_policy(tiny_model_dir, RunConfig(seed=0, device="cpu", num_processes=1, precision="float32"))[
-        0
-    ]
+    return load_policy(
+        tiny_model_dir,
+        RunConfig(seed=0, device="cpu", num_processes=1, shard_weights=False, precision="float32"),
+    )[0]
 
 
 def test_one_sequence_to_a_row_needs_no_mask():
@@ -91,7 +92,8 @@ def test_fused_attention_of_long_rows_sees_the_same(model):
 
 def test_gradients_of_a_shared_prompt_add_up(tiny_model_dir):
     model = load_policy(
-        tiny_model_dir, RunConfig(seed=0, device="cpu", num_processes=1, precision="float32")
+        tiny_model_dir,
+        RunConfig(seed=0, device="cpu", num_processes=1, shard_weights=False, precision="float32"),
     )[0]
     weight = model.base_model.layers[0].mlp.up_proj.weight
     prompts, responses = [LONG_PROMPT] * 3, [[5, 6], [7], [8, 9, 10]]

@@ -9,11 +9,14 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import yaml
 
 from .toy import assert_same_outputs, make_workspace
 
+SLOW = [pytest.mark.slow, pytest.mark.timeout(1200)]
+SHARDED = {"num_processes": 2, "shard_weights": True}
 MODELS = {"sft": "sft", "reward": "reward", "ppo": "policy"}
 
 
@@ -22,7 +25,7 @@ def command(stage):
 
 
 def environment():
-    return os.environ | {"RLHF_TRACKING": "off", "OMP_NUM_THREADS": "1"}
+    return os.environ | {"RLHF_TRACKING": "off", "OMP_NUM_THREADS": "1", "RLHF_DIE_WITH_PARENT": "1"}
 
 
 def finish(layout, stage):
@@ -42,24 +45,31 @@ def kill_once(layout, stage, moment):
     try:
         process.wait(moment)
     except subprocess.TimeoutExpired:
+        ranks = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGKILL)
         process.wait()
+        psutil.wait_procs(ranks, timeout=30)
         return True
     return False
 
 
 @pytest.mark.parametrize(
-    ("stage", "kills"),
+    ("stage", "kills", "run_options"),
     [
-        ("ppo", 4),
-        *(pytest.param(stage, 20, marks=[pytest.mark.slow, pytest.mark.timeout(1200)]) for stage in MODELS),
+        ("ppo", 4, {}),
+        *(pytest.param(stage, 20, {}, marks=SLOW) for stage in MODELS),
+        *(
+            pytest.param(stage, 5, {"num_processes": 2, "shard_weights": True}, marks=SLOW)
+            for stage in MODELS
+        ),
     ],
 )
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(
-    tmp_path, tiny_model_dir, small_params, stage, kills
+    tmp_path, tiny_model_dir, small_params, stage, kills, run_options
 ):
     whole, broken = (make_workspace(tmp_path / name, tiny_model_dir) for name in ("whole", "broken"))
     tree = small_params.model_dump(mode="json", by_alias=True)
+    tree["run"] |= run_options
     tree["sft"]["num_epochs"] = tree["reward"]["num_epochs"] = 12
     tree["ppo"] |= {"num_updates": 12, "kl_budget": 1000.0, "ema_decay": 0.5, "kl_target": 1.0}
     for layout in (whole, broken):

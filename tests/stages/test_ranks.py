@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,20 +15,21 @@ import pytest
 import torch
 import yaml
 
+from rlhf_core import ranks
+from rlhf_core.errors import InputError
+
 from .toy import make_workspace, weights
 
 MODELS = {"sft": "sft", "reward": "reward", "ppo": "policy"}
 ENV = os.environ | {"RLHF_TRACKING": "off", "OMP_NUM_THREADS": "1"}
 STAGE = [sys.executable, "-m", "rlhf_core.cli"]
-# --multi_gpu is accelerate's name for several processes on one machine; without a GPU they talk by gloo.
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-LAUNCH += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 
 
-def make(root, directory, params, processes=1, **changes):
+def make(root, directory, params, processes=1, shard=False, **changes):
     layout = make_workspace(root, directory)
     tree = params.model_dump(mode="json", by_alias=True)
-    tree["run"]["num_processes"] = processes
+    tree["run"] |= {"num_processes": processes, "shard_weights": shard}
     for section, values in changes.items():
         tree[section] |= values
     layout.params.write_text(yaml.safe_dump(tree))
@@ -47,10 +49,13 @@ def history(layout, stage):
     return [json.loads(line) for line in lines]
 
 
+def perf(layout, stage):
+    return json.loads((layout.run_dir(stage) / "perf.json").read_text())
+
+
 def assert_same_course(one, two, stage):
     """The same metrics at every step, and the same weights, up to the order of float32 sums."""
-    perf = [json.loads((layout.run_dir(stage) / "perf.json").read_text()) for layout in (one, two)]
-    assert [p["perf/num_processes"] for p in perf] == [1, 2]
+    assert [perf(layout, stage)["perf/num_processes"] for layout in (one, two)] == [1, 2]
     assert len(history(one, stage)) == len(history(two, stage)) > 2
     for a, b in zip(history(one, stage), history(two, stage), strict=True):
         assert a == pytest.approx(b, rel=2e-3, abs=2e-4)
@@ -80,14 +85,85 @@ def test_two_processes_take_the_steps_of_one(tmp_path, tiny_model_dir, small_par
     assert texts[0] == texts[1]
 
 
-def test_accelerate_launch_does_the_same(tmp_path, tiny_model_dir, small_params):
+SHARDED = [
+    pytest.param("lora", False, ["ppo"], id="lora-ppo"),
+    *(pytest.param(*how, list(MODELS), marks=pytest.mark.slow) for how in (("lora", True), ("full", False))),
+]
+
+
+@pytest.mark.parametrize(("finetuning", "recomputed", "stages"), SHARDED)
+def test_two_processes_that_share_the_weights_take_the_steps_of_one(
+    tmp_path, tiny_model_dir, small_params, finetuning, recomputed, stages
+):
+    """FSDP2, with batches that do not divide evenly: one rank makes passes that do not count."""
+    changes = {
+        "model": {"finetuning": finetuning, "gradient_checkpointing": recomputed},
+        "sft": {"learning_rate": 1e-3, "batch_size": 6, "micro_batch_size": 2, "keep": "best"},
+        "reward": {"learning_rate": 1e-3, "ensemble_size": 2},
+        "ppo": {
+            "learning_rate": 1e-4,
+            "critic_learning_rate": 1e-4,
+            "num_updates": 3,
+            "ema_decay": 0.5,
+            "ptx_coef": 0.1,
+            "ptx_batch_size": 3,
+            "micro_batch_size": 2,
+        },
+    }
+    one = make(tmp_path / "one", tiny_model_dir, small_params, **changes)
+    two = make(tmp_path / "two", tiny_model_dir, small_params, processes=2, shard=True, **changes)
+    for stage in MODELS:
+        if stage in stages:
+            run(one, [*STAGE, stage])
+            run(two, [*STAGE, stage])
+            assert_same_course(one, two, stage)
+            assert perf(two, stage)["perf/sharded_parameters"] > 0.4
+        elif stage == "reward":
+            run(one, [*STAGE, stage])
+            shutil.copytree(one.model(stage), two.model(stage))
+
+
+@pytest.mark.parametrize("config", ["processes", "fsdp2"])
+def test_accelerate_launch_does_the_same(tmp_path, tiny_model_dir, small_params, root, config):
     changes = {"sft": {"learning_rate": 1e-3, "num_epochs": 1}}
     one = make(tmp_path / "one", tiny_model_dir, small_params, **changes)
     two = make(tmp_path / "two", tiny_model_dir, small_params, **changes)
     run(one, [*STAGE, "sft"])
+    file = root / "configs" / "accelerate" / f"{config}.yaml"
     port = str(20000 + os.getpid() % 20000)
-    run(two, [*LAUNCH, "--main_process_port", port, "-m", "rlhf_core.cli", "sft"])
+    run(two, [*LAUNCH, "--config_file", str(file), "--main_process_port", port, "-m", "rlhf_core.cli", "sft"])
     assert_same_course(one, two, "sft")
+    assert (perf(two, "sft")["perf/sharded_parameters"] > 0.4) == (config == "fsdp2")
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported; configs/accelerate/fsdp2.yaml"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp_version is 1, must be 2"),
+    ],
+)
+def test_what_a_launcher_asks_for_in_vain_is_refused(monkeypatch, asked, reason):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=reason):
+        ranks.shard_weights()
+
+
+@pytest.mark.parametrize("size", range(1, 8))
+def test_ranks_that_share_weights_make_as_many_passes(monkeypatch, size):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    shares = []
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        shares.append(ranks.share_passes(range(size)))
+    assert len({len(share) for share in shares}) == 1
+    counted = [item for share in shares for item, weight in share if weight == 1.0]
+    assert sorted(counted) == list(range(size))
+    assert {weight for share in shares for _, weight in share} <= {0.0, 1.0}
 
 
 def ranks_of(process):
@@ -106,15 +182,15 @@ def test_a_process_that_dies_ends_the_others_with_one_error(tmp_path, tiny_model
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    ranks = ranks_of(process)
-    assert sorted(ranks) == [0, 1]
-    ranks[1].send_signal(signal.SIGKILL)
+    found = ranks_of(process)
+    assert sorted(found) == [0, 1]
+    found[1].send_signal(signal.SIGKILL)
     _, errors = process.communicate(timeout=90)
     assert process.returncode == 1
     assert "error: sft: process 2 of 2" in errors
     assert "ended with signal 9; the others were stopped" in errors
     assert "Traceback" not in errors
-    assert not any(p.is_running() for p in ranks.values())
+    assert not any(p.is_running() for p in found.values())
     assert not layout.model("sft").joinpath(".partial").exists()
 
 
