@@ -278,6 +278,7 @@ class PPOConfig(TrainingSection):
     length_penalty: NonNegativeFloat
     repetition_penalty: NonNegativeFloat
     score_scaling: Literal["none", "running", "batch"]
+    whiten_rewards: bool
     score_clip: NonNegativeFloat
     ensemble: Literal["mean", "worst", "uncertainty"]
     uncertainty_coef: NonNegativeFloat

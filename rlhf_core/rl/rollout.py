@@ -265,6 +265,8 @@ def with_advantages(
     kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, config.kl_estimator)
     in_reward = kl_coef if config.kl_in == "reward" else 0.0
     rewards = token_rewards(scores, kl, mask, kl_coef=in_reward)
+    if config.whiten_rewards:
+        rewards = whiten(rewards, mask, shift_mean=False)
     returns = torch.zeros_like(rewards)
     if config.advantages == "gae":
         advantages, returns = gae(

@@ -20,7 +20,11 @@ def masked_var(values: Tensor, mask: Tensor) -> Tensor:
     return masked_mean((values - masked_mean(values, mask)) ** 2, mask)
 
 
-def whiten(values: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
-    """Shift and scale to mean 0, variance 1 over the mask; zeros elsewhere."""
-    centred = values - masked_mean(values, mask)
-    return (centred * torch.rsqrt(masked_var(values, mask) + eps)).masked_fill(~mask, 0.0)
+def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
+    """Shift and scale to mean 0, variance 1 over the mask; zeros elsewhere.
+
+    Without `shift_mean` the mean stays what it was.
+    """
+    mean = masked_mean(values, mask)
+    white = (values - mean) * torch.rsqrt(masked_var(values, mask) + eps)
+    return (white if shift_mean else white + mean).masked_fill(~mask, 0.0)

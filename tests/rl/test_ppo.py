@@ -15,9 +15,9 @@ from rlhf_core.modeling.reward import Normalisation, ScalarHead, last_response_h
 from rlhf_core.modeling.roles import REFERENCE, AdapterRoles
 from rlhf_core.rl import ppo
 from rlhf_core.rl.ppo import ppo_step, update
-from rlhf_core.rl.rollout import Actors, collect, rollout_metrics
+from rlhf_core.rl.rollout import Actors, collect, rollout_metrics, with_advantages
 
-RUN = RunConfig(seed=0, device="cpu", num_processes=1, precision="float32")
+RUN = RunConfig(seed=0, device="cpu", num_processes=1, shard_weights=False, precision="float32")
 CHATS = [
     [{"role": "user", "content": text}] for text in ("hello", "how are you today?", "no", "rain or sun?")
 ]
@@ -182,6 +182,21 @@ def test_kl_in_the_loss_is_not_in_the_reward_too(actors, config):
     assert rollout.kl.abs().sum() > 0
     free = collect(actors, CHATS, config.model_copy(update={"kl_coef": 0.0}), seed=2)
     torch.testing.assert_close(rollout.returns, free.returns)
+
+
+def test_whitened_rewards_have_variance_one_and_the_mean_they_had(actors, config):
+    plain = config.model_copy(update={"gamma": 1.0, "gae_lambda": 1.0, "kl_coef": 0.0})
+    whitened = plain.model_copy(update={"whiten_rewards": True})
+    rollout = collect(actors, CHATS, plain, seed=0)
+    mask = rollout.response_mask
+    rewards = {}
+    for name, choice in (("plain", plain), ("whitened", whitened)):
+        to_go = with_advantages(rollout, choice, 0.0).returns  # of the Monte Carlo return: sums to the end
+        later = torch.nn.functional.pad(to_go, (0, 1))[:, 1:] * torch.nn.functional.pad(mask, (0, 1))[:, 1:]
+        rewards[name] = (to_go - later)[mask]
+    torch.testing.assert_close(rewards["whitened"].mean(), rewards["plain"].mean(), rtol=1e-4, atol=1e-4)
+    assert rewards["whitened"].var(unbiased=False).item() == pytest.approx(1.0, abs=1e-3)
+    assert rewards["plain"].var(unbiased=False).item() != pytest.approx(1.0, abs=1e-2)
 
 
 def test_entropy_bonus_keeps_the_policy_more_random(actors, config):

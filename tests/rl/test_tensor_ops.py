@@ -25,3 +25,10 @@ def test_whitened_values_have_mean_zero_and_variance_one(shift, scale, seed):
     assert abs(white[mask].var(unbiased=False).item() - 1) < 1e-5
     assert not white[~mask].any()
     torch.testing.assert_close(white, whiten(values, mask), rtol=1e-4, atol=1e-4)
+
+
+def test_whitening_that_keeps_the_mean_by_hand():
+    white = whiten(VALUES, MASK, shift_mean=False)  # mean 3, variance 14 / 3
+    scale = (3 / 14) ** 0.5
+    expected = torch.tensor([[3 - 2 * scale, 3 - scale, 0.0], [3 + 3 * scale, 0.0, 0.0]])
+    torch.testing.assert_close(white, expected)
