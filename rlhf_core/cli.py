@@ -21,7 +21,7 @@ from rlhf_core.commands.chat import chat
 from rlhf_core.commands.data import app as data_app
 from rlhf_core.errors import LostRankError, RLHFError
 from rlhf_core.layout import Layout
-from rlhf_core.stages import STAGES, TRAININGS
+from rlhf_core.stages import SHARED, STAGES
 
 if TYPE_CHECKING:
     from rlhf_core.config import Params
@@ -81,7 +81,7 @@ def _stage_command(stage: str) -> Callable[[], None]:
         params = load_params(layout.params)
         if not _names_hub(params):
             os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        if stage in TRAININGS and params.run.num_processes > 1 and "RANK" not in os.environ:
+        if stage in SHARED and params.run.num_processes > 1 and "RANK" not in os.environ:
             from rlhf_core.launch import in_processes
 
             in_processes(stage, params.run, layout)

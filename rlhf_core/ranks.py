@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 from rlhf_core.errors import InputError, LostRankError
@@ -61,7 +62,8 @@ def join(device: torch.device) -> None:
     if count() > 1:
         from accelerate import PartialState
 
-        PartialState(cpu=device.type == "cpu")
+        # The first rank may work on for long while the others wait, and a lost one is noticed otherwise.
+        PartialState(cpu=device.type == "cpu", timeout=timedelta(days=1))
 
 
 @contextlib.contextmanager

@@ -5,4 +5,4 @@ metrics, which must be the same in a repetition. `runner.run_stage` does what al
 """
 
 STAGES = ("prepare", "base", "validate", "pretrain", "sft", "preferences", "reward", "ppo", "evaluate")
-TRAININGS = ("pretrain", "sft", "reward", "ppo")  # may run in several processes
+SHARED = ("pretrain", "sft", "preferences", "reward", "ppo", "evaluate")  # may run in several processes

@@ -12,6 +12,7 @@ import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rlhf_core import ranks
 from rlhf_core.atomic import staged_dir
 from rlhf_core.config import Params
 from rlhf_core.data.rows import read_rows
@@ -19,7 +20,7 @@ from rlhf_core.errors import InputError
 from rlhf_core.evaluation.html import report_html
 from rlhf_core.evaluation.plots import Figures, draw_plots, read_history, read_pairs
 from rlhf_core.evaluation.results import MODELS, ModelResult, flat_metrics, rounded, sample_rows, summarise
-from rlhf_core.generation import Generation, generate
+from rlhf_core.generation import Generation, generate_together
 from rlhf_core.labelers import make_labeler
 from rlhf_core.layout import Layout
 from rlhf_core.modeling.encoding import encode_prompt
@@ -47,6 +48,8 @@ def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
     tracker.dataset("prompts", layout.prepared_file("prompts", "eval"), "evaluation")
     answering = Answering(params, layout, prompts, tracker)
     answering.run()
+    if not ranks.is_first():
+        return {}  # what is left is short, and one writes
 
     scorer = load_reward_model(layout.model("reward"), params.run)
     conversations, asked = [row["messages"] for row in prompts], [row["prompt"] for row in prompts]
@@ -123,7 +126,7 @@ class Answering:
     ) -> list[Generation]:
         config = self.params.evaluate
         before = len(self.answers) * len(self.conversations)
-        groups = generate(
+        groups = generate_together(
             model,
             tokenizer,
             self.conversations,
@@ -138,8 +141,11 @@ class Answering:
 
         def sums(author: str, temperature: float) -> list[float]:
             token_ids = [answer.token_ids for answer in self.answers[author]]
-            logprobs = response_logprobs(model, prompts, token_ids, temperature=temperature)
-            return [part.double().sum().item() for part in logprobs]
+            own = ranks.share(list(zip(prompts, token_ids, strict=True)))
+            logprobs = response_logprobs(
+                model, [prompt for prompt, _ in own], [ids for _, ids in own], temperature=temperature
+            )
+            return ranks.gather([part.double().sum().item() for part in logprobs])
 
         if name == "base":
             self.base_logprobs = {author: sums(author, 1.0) for author in MODELS}

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
+from rlhf_core import ranks
 from rlhf_core.atomic import staged_dir
 from rlhf_core.config import Params, PreferencesConfig
 from rlhf_core.data.rows import TIE, is_tie, known, read_rows, write_rows
 from rlhf_core.errors import InputError
-from rlhf_core.generation import Generation, generate
+from rlhf_core.generation import Generation, generate_together
 from rlhf_core.labelers import make_labeler
 from rlhf_core.layout import Layout
 from rlhf_core.modeling.loading import load_policy
@@ -56,6 +57,8 @@ def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
     # Made before the answers are: a labeler that cannot work should not cost a generation.
     labeler = make_labeler(config.labeler, config.labeler_target, params.run)
     answers = _answer(params, layout, everything, tracker)
+    if not ranks.is_first():
+        return {}  # one labels: a judge may cost money
     flat = [answer for group in answers for answer in group]
     asked = [row["prompt"] for row, group in zip(everything, answers, strict=True) for _ in group]
     scores = iter(labeler.score(asked, [answer.text for answer in flat]))
@@ -110,7 +113,7 @@ def _answer(
 ) -> list[list[Generation]]:
     config = params.preferences
     model, tokenizer = load_policy(layout.model("sft"), params.run)
-    answers = generate(
+    answers = generate_together(
         model,
         tokenizer,
         [row["messages"] for row in prompts],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -85,6 +86,26 @@ def test_two_processes_take_the_steps_of_one(tmp_path, tiny_model_dir, small_par
     assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
+def test_two_processes_give_the_answers_of_one(tmp_path, tiny_model_dir, small_params):
+    one = make(tmp_path / "one", tiny_model_dir, small_params)
+    two = make(tmp_path / "two", tiny_model_dir, small_params, processes=2)
+    run(one, [*STAGE, "reward"])
+    for layout in (one, two):
+        shutil.copytree(one.model("sft"), layout.model("policy"))
+    shutil.copytree(one.model("reward"), two.model("reward"))
+    for stage in ("preferences", "evaluate"):
+        found = []
+        for layout in (one, two):
+            run(layout, [*STAGE, stage])
+            metrics = json.loads(layout.metrics(stage).read_text())
+            found.append({name: math.nan if value is None else value for name, value in metrics.items()})
+        assert found[0] == pytest.approx(found[1], rel=1e-3, abs=1e-3, nan_ok=True)
+        assert [perf(layout, stage)["perf/num_processes"] for layout in (one, two)] == [1, 2]
+    pairs = [(w.preferences / "train.parquet").read_bytes() for w in (one, two)]
+    assert pairs[0] == pairs[1]
+
+
 SHARDED = [
     pytest.param("lora", False, ["ppo"], id="lora-ppo"),
     *(pytest.param(*how, list(MODELS), marks=pytest.mark.slow) for how in (("lora", True), ("full", False))),
@@ -123,7 +144,7 @@ def test_two_processes_that_share_the_weights_take_the_steps_of_one(
             shutil.copytree(one.model(stage), two.model(stage))
 
 
-@pytest.mark.parametrize("config", ["processes", "fsdp2"])
+@pytest.mark.parametrize("config", [pytest.param("processes", marks=pytest.mark.slow), "fsdp2"])
 def test_accelerate_launch_does_the_same(tmp_path, tiny_model_dir, small_params, root, config):
     changes = {"sft": {"learning_rate": 1e-3, "num_epochs": 1}}
     one = make(tmp_path / "one", tiny_model_dir, small_params, **changes)
@@ -173,8 +194,10 @@ def ranks_of(process):
     }
 
 
-def test_a_process_that_dies_ends_the_others_with_one_error(tmp_path, tiny_model_dir, small_params):
-    layout = make(tmp_path / "two", tiny_model_dir, small_params, processes=2, sft={"num_epochs": 2000})
+@pytest.mark.parametrize("shard", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_process_that_dies_ends_the_others_with_one_error(tmp_path, tiny_model_dir, small_params, shard):
+    sft = {"num_epochs": 2000}
+    layout = make(tmp_path / "two", tiny_model_dir, small_params, processes=2, shard=shard, sft=sft)
     process = subprocess.Popen([*STAGE, "sft"], cwd=layout.root, env=ENV, stderr=subprocess.PIPE, text=True)
     file = layout.run_dir("sft") / "history.jsonl"
     deadline = time.monotonic() + 90

@@ -31,7 +31,8 @@ def make_workspace(root, model):
         )
         write_rows(layout.prepared_file("prompts", split), part, "prompts")
         pairs = [r | {"chosen": GOOD, "rejected": BAD, "source": "ai:vader"} for r in part]
-        write_rows(layout.preferences / f"{split}.parquet", pairs, "preferences")
+        for file in (layout.preferences / f"{split}.parquet", layout.prepared_file("preferences", split)):
+            write_rows(file, pairs, "preferences")
     return layout
 
 
