@@ -125,6 +125,12 @@ def up() -> None:
 
 
 @app.command()
+def doctor() -> None:
+    """Look at all that a run needs here, and say what to do about what is missing."""
+    _become("tasks.doctor", [])
+
+
+@app.command()
 def params(profile: Profile = "", overrides: Overrides = None) -> None:
     """Check params.yaml; with a profile or -S, change it first (comments are kept)."""
     from rlhf_core.config import change_params, parse_overrides, profile_values
