@@ -1,4 +1,4 @@
-"""Make the work pool and the deployments on the server that PREFECT_API_URL names."""
+"""Make work pool, deployments and automations on the server that PREFECT_API_URL names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 
-POOL = "rlhf-process"
+from flows import automations
+from flows.up import POOL
 
 
 def make_pool() -> None:
@@ -36,3 +37,4 @@ def deploy(root: Path) -> None:
 if __name__ == "__main__":
     make_pool()
     deploy(Path.cwd().resolve())
+    automations.ensure()

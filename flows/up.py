@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
@@ -26,6 +27,8 @@ from tasks.workspace import check_workspace
 HOST = "127.0.0.1"
 POOL = "rlhf-process"
 START_SECONDS = 120.0
+MOST_RESTARTS = 3
+HEARTBEAT_SECONDS = 30  # between two signs of life of a run; the least that Prefect sends
 
 
 class Services:
@@ -35,11 +38,14 @@ class Services:
         self._root, self._env = root, dict(env)
         self._logs = Layout(root).state / "logs"
         self._logs.mkdir(parents=True, exist_ok=True)
+        self._commands: dict[str, tuple[str, ...]] = {}
         self.running: dict[str, subprocess.Popen] = {}
 
     def start(self, name: str, *command: str) -> None:
         """Start a service; its output goes to .rlhf/logs/NAME.log."""
-        with self.log(name).open("wb") as log:
+        again = name in self._commands
+        self._commands[name] = command
+        with self.log(name).open("ab" if again else "wb") as log:
             self.running[name] = subprocess.Popen(
                 [sys.executable, "-m", *command],
                 cwd=self._root,
@@ -65,11 +71,22 @@ class Services:
             time.sleep(0.3)
 
     def watch(self) -> None:
-        """Return only by an exception: Ctrl-C, or RLHFError when a service dies."""
+        """Start a service again that died, at most `MOST_RESTARTS` times each.
+
+        Returns only by an exception: Ctrl-C, or RLHFError when a service dies once more.
+        """
+        restarts: Counter[str] = Counter()
         while True:
-            for name, process in self.running.items():
-                if process.poll() is not None:
-                    raise RLHFError(f"{name} ended with status {process.returncode}; see {self.log(name)}")
+            for name, process in list(self.running.items()):
+                if process.poll() is None:
+                    continue
+                status = process.returncode
+                if restarts[name] == MOST_RESTARTS:
+                    raise RLHFError(f"{name} ended with status {status} again; see {self.log(name)}")
+                restarts[name] += 1
+                print(f"{name} ended with status {status}; starting it again", flush=True)
+                end_tree(process)  # what it had started
+                self.start(name, *self._commands[name])
             time.sleep(1.0)
 
     def stop(self) -> None:
@@ -107,6 +124,7 @@ def environment(root: Path, prefect_port: int, mlflow_port: int) -> dict[str, st
         "PREFECT_API_URL": f"http://{HOST}:{prefect_port}/api",
         "PREFECT_UI_API_URL": f"http://{HOST}:{prefect_port}/api",
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
         "MLFLOW_TRACKING_URI": f"http://{HOST}:{mlflow_port}",
     }
 

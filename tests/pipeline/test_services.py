@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
 import time
 import urllib.error
 import urllib.request
+
+import pytest
 
 from flows.up import free_port
 
@@ -55,6 +58,8 @@ def test_up_starts_everything_runs_the_deployment_and_stops_cleanly(finished, tm
 
         (pool,) = post(f"{prefect}/api/work_pools/filter", {})
         assert (pool["type"], pool["concurrency_limit"]) == ("process", 1)
+        (automation,) = post(f"{prefect}/api/automations/filter", {})
+        assert automation["enabled"]
         wait_for(lambda: post(f"{prefect}/api/work_pools/rlhf-process/workers/filter", {}), 60)
         flow_run = post(f"{prefect}/api/deployments/{found['id']}/create_flow_run", {})
         states = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
@@ -70,6 +75,44 @@ def test_up_starts_everything_runs_the_deployment_and_stops_cleanly(finished, tm
     assert get(prefect) is None
     assert get(mlflow) is None
     wait_for(lambda: not processes_below(checkout), 20)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_run_that_is_killed_with_its_worker_is_marked_and_its_retry_goes_on(finished, tmp_path):
+    checkout = tmp_path / "rlhf"
+    run(["git", "clone", "-q", str(finished[0]), str(checkout)], tmp_path)
+    log = tmp_path / "up.log"
+    up = start(["rlhf", "up"], checkout, log, RLHF_PREFECT_PORT="4500", RLHF_MLFLOW_PORT="5500")
+    try:
+        wait_for(lambda: up.poll() is not None or "Ctrl-C stops" in log.read_text(), 180)
+        prefect = re.findall(r"http://127\.0\.0\.1:\d+", log.read_text())[0]
+        smoke = {"parameters": {"profile": "smoke"}}
+        (found,) = post(f"{prefect}/api/deployments/filter", {})
+        flow_run = post(f"{prefect}/api/deployments/{found['id']}/create_flow_run", smoke)
+        url = f"{prefect}/api/flow_runs/{flow_run['id']}"
+
+        def state():
+            return json.loads(get(url))["state_type"]
+
+        wait_for((checkout / ".rlhf" / "runs" / "sft" / "progress.json").exists)
+        assert state() == "RUNNING"
+        running = processes_below(checkout).items()
+        victims = [pid for pid, name in running if "prefect worker" in name or "engine" in name]
+        assert len(victims) >= 2
+        for pid in victims:
+            os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: state() == "CRASHED", 300)
+        assert "worker ended with status -9; starting it again" in log.read_text()
+        assert not any("rlhf_core" in name for name in processes_below(checkout).values())  # nothing trains
+
+        retry = {"state": {"type": "SCHEDULED", "name": "AwaitingRetry"}, "force": True}
+        post(f"{url}/set_state", retry)
+        wait_for(lambda: state() in ("COMPLETED", "FAILED"), 400)
+        assert state() == "COMPLETED"
+    finally:
+        up.send_signal(signal.SIGINT)
+        assert up.wait(60) == 0
 
 
 def test_a_port_that_is_taken_is_passed_over():
