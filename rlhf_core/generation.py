@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rlhf_core import ranks
 from rlhf_core.config import SamplingConfig
 from rlhf_core.modeling.encoding import encode_prompt
 
@@ -93,30 +92,6 @@ def generate(
         if on_progress:
             on_progress(len(results), len(order))
     return [results[i] for i in wanted]
-
-
-def generate_together(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    conversations: Sequence[Sequence[dict[str, str]]],
-    sampling: SamplingConfig,
-    *,
-    samples_per_prompt: int = 1,
-    batch_size: int = 64,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> list[list[Generation]]:
-    """`generate`, each rank answering its share; every rank gets all answers."""
-    own = generate(
-        model,
-        tokenizer,
-        conversations,
-        sampling,
-        samples_per_prompt=samples_per_prompt,
-        batch_size=batch_size,
-        only=ranks.share(range(len(conversations))),
-        on_progress=on_progress,
-    )
-    return ranks.gather(own)
 
 
 def _uniforms(rows: int, sampling: SamplingConfig) -> Tensor:

@@ -20,7 +20,7 @@ from rlhf_core.errors import InputError
 from rlhf_core.evaluation.html import report_html
 from rlhf_core.evaluation.plots import Figures, draw_plots, read_history, read_pairs
 from rlhf_core.evaluation.results import MODELS, ModelResult, flat_metrics, rounded, sample_rows, summarise
-from rlhf_core.generation import Generation, generate_together
+from rlhf_core.generation import Generation, generate
 from rlhf_core.labelers import make_labeler
 from rlhf_core.layout import Layout
 from rlhf_core.modeling.encoding import encode_prompt
@@ -126,15 +126,16 @@ class Answering:
     ) -> list[Generation]:
         config = self.params.evaluate
         before = len(self.answers) * len(self.conversations)
-        groups = generate_together(
+        groups = generate(
             model,
             tokenizer,
             self.conversations,
             config.sampling,
             batch_size=config.batch_size,
+            only=ranks.share(range(len(self.conversations))),
             on_progress=lambda done, total: self._show(before + done, f"{name} answers"),
         )
-        return [group[0] for group in groups]
+        return ranks.gather([group[0] for group in groups])
 
     def _measure(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         prompts = [encode_prompt(tokenizer, messages) for messages in self.conversations]

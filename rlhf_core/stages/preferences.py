@@ -16,7 +16,7 @@ from rlhf_core.atomic import staged_dir
 from rlhf_core.config import Params, PreferencesConfig
 from rlhf_core.data.rows import TIE, is_tie, known, read_rows, write_rows
 from rlhf_core.errors import InputError
-from rlhf_core.generation import Generation, generate_together
+from rlhf_core.generation import Generation, generate
 from rlhf_core.labelers import make_labeler
 from rlhf_core.layout import Layout
 from rlhf_core.modeling.loading import load_policy
@@ -113,18 +113,19 @@ def _answer(
 ) -> list[list[Generation]]:
     config = params.preferences
     model, tokenizer = load_policy(layout.model("sft"), params.run)
-    answers = generate_together(
+    own = generate(
         model,
         tokenizer,
         [row["messages"] for row in prompts],
         config.sampling,
         samples_per_prompt=config.responses_per_prompt,
         batch_size=config.batch_size,
+        only=ranks.share(range(len(prompts))),
         on_progress=lambda done, total: tracker.progress(done, total, "prompts answered"),
     )
     del model
     gc.collect()  # a judge may need the memory
-    return answers
+    return ranks.gather(own)
 
 
 def label(
