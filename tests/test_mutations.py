@@ -72,8 +72,13 @@ MUTATIONS = {
     ),
     "step divided by micro-batch": (
         "rl/ppo.py",
-        "(loss / num_tokens).backward()",
-        "(loss / mask.sum()).backward()",
+        "(counts * loss / num_tokens).backward()",
+        "(counts * loss / mask.sum()).backward()",
+    ),
+    "whitened rewards lose their mean": (
+        "rl/tensor_ops.py",
+        "white if shift_mean else white + mean",
+        "white",
     ),
 }
 
