@@ -6,6 +6,8 @@ position depends on the token before it alone, so a target that is off by one pl
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -43,6 +45,9 @@ class Bigram:
 
     def hidden(self, role, input_ids, position_ids=None, visible=None):
         return self.E[role][input_ids]
+
+    def gathered(self):
+        return contextlib.nullcontext()
 
     def logits(self, role, hidden):
         return hidden @ self.W[role].T

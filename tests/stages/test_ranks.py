@@ -144,7 +144,7 @@ def test_two_processes_that_share_the_weights_take_the_steps_of_one(
             shutil.copytree(one.model(stage), two.model(stage))
 
 
-@pytest.mark.parametrize("config", [pytest.param("processes", marks=pytest.mark.slow), "fsdp2"])
+@pytest.mark.parametrize("config", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
 def test_accelerate_launch_does_the_same(tmp_path, tiny_model_dir, small_params, root, config):
     changes = {"sft": {"learning_rate": 1e-3, "num_epochs": 1}}
     one = make(tmp_path / "one", tiny_model_dir, small_params, **changes)
@@ -155,6 +155,15 @@ def test_accelerate_launch_does_the_same(tmp_path, tiny_model_dir, small_params,
     run(two, [*LAUNCH, "--config_file", str(file), "--main_process_port", port, "-m", "rlhf_core.cli", "sft"])
     assert_same_course(one, two, "sft")
     assert (perf(two, "sft")["perf/sharded_parameters"] > 0.4) == (config == "fsdp2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["cpu", "single_gpu"])
+def test_accelerate_launch_of_one_process(tmp_path, tiny_model_dir, small_params, root, config):
+    one = make(tmp_path / "one", tiny_model_dir, small_params, sft={"num_epochs": 1})
+    file = root / "configs" / "accelerate" / f"{config}.yaml"
+    run(one, [*LAUNCH, "--config_file", str(file), "-m", "rlhf_core.cli", "sft"])
+    assert perf(one, "sft")["perf/num_processes"] == 1
 
 
 @pytest.mark.parametrize(
