@@ -28,8 +28,8 @@ from rlhf_core.mlflow_writer import tracking_uri
 from tasks.workspace import BusyError, check_workspace, exclusive
 
 GIB = 2**30
-RUN_DISK, LEAST_DISK = 5 * GIB, 1 * GIB  # a default run leaves 2.5 GiB, half of it in DVC's cache
-RUN_MEMORY = 6 * GIB  # a default run takes 5
+RUN_DISK, LEAST_DISK = 5 * GIB, 1 * GIB  # a default run leaves 2.5 GiB
+RUN_MEMORY = 6 * GIB  # a stage of a default run takes up to 5
 PINNED = ("torch", "transformers", "prefect", "mlflow", "dvc", "great_expectations")
 PORTS = {"Prefect": ("RLHF_PREFECT_PORT", 4200), "MLflow": ("RLHF_MLFLOW_PORT", 5000)}
 ANSWER_SECONDS = 3.0
@@ -133,7 +133,7 @@ def _device(params: Params) -> Iterator[Finding]:
     if 1 < gpus != params.run.num_processes and device.type == "cuda":
         yield Finding("device", State.WARN, seen, f"run.num_processes: {gpus} would use them all")
     elif device.type == "cpu" and dtype == "float32" and params.run.precision == "auto":
-        yield Finding("device", State.WARN, seen, "this processor has no bf16: a default run takes an hour")
+        yield Finding("device", State.WARN, seen, "this processor has no bf16, so products take longer")
     else:
         yield Finding("device", State.OK, seen)
 
