@@ -8,11 +8,9 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,10 +19,10 @@ from types import FrameType
 from rlhf_core.cli import QUIET, die_with_parent
 from rlhf_core.errors import RLHFError
 from rlhf_core.layout import Layout
+from tasks.network import HOST, answers, free_port
 from tasks.processes import end_tree
 from tasks.workspace import check_workspace
 
-HOST = "127.0.0.1"
 POOL = "rlhf-process"
 START_SECONDS = 120.0
 MOST_RESTARTS = 3
@@ -92,26 +90,6 @@ class Services:
     def stop(self) -> None:
         for process in reversed(self.running.values()):
             end_tree(process)
-
-
-def free_port(wanted: int) -> int:
-    """`wanted`, or the next port that nobody listens on."""
-    for port in range(wanted, wanted + 100):
-        with socket.socket() as probe:
-            try:
-                probe.bind((HOST, port))
-            except OSError:
-                continue
-            return port
-    raise RLHFError(f"no free port from {wanted} to {wanted + 99} on {HOST}")
-
-
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=2) as reply:
-            return reply.status == 200
-    except OSError:
-        return False
 
 
 def environment(root: Path, prefect_port: int, mlflow_port: int) -> dict[str, str]:

@@ -47,10 +47,10 @@ def step_if_finite(
 def _clip(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
     """Scale all gradients down to a common norm of at most `max_norm`; the norm before, over all ranks."""
     graded = [p for p in parameters if p.grad is not None]
-    sharded = [p for p in graded if sharding.is_sharded(p)]
+    sharded = [p for p in graded if ranks.is_sharded(p)]
     if not sharded:
         return float(nn.utils.clip_grad_norm_(graded, max_norm))
-    groups = sharded, [p for p in graded if not sharding.is_sharded(p)]
+    groups = sharded, [p for p in graded if not ranks.is_sharded(p)]
     norms = [nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups]
     norm = torch.stack([sharding.whole(part) for part in norms]).norm()
     for group in groups:

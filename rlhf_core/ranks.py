@@ -57,9 +57,15 @@ def shard_weights() -> bool:
     return True
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this rank holds only a part of the tensor."""
+    return count() > 1 and hasattr(tensor, "full_tensor")
+
+
 def join(device: torch.device) -> None:
     """Meet the other ranks: gloo between CPUs, NCCL between GPUs. Later calls return at once."""
     if count() > 1:
+        shard_weights()  # what cannot be done is told before a model loads
         from accelerate import PartialState
 
         # The first rank may work on for long while the others wait, and a lost one is noticed otherwise.
@@ -120,7 +126,7 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
 
     The gradients of sharded parameters are such sums already.
     """
-    parameters = [p for p in parameters if not hasattr(p, "full_tensor")]
+    parameters = [p for p in parameters if not is_sharded(p)]
     if count() == 1 or not parameters:
         return
     import torch

@@ -9,11 +9,8 @@ import importlib.metadata
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -25,6 +22,7 @@ from rlhf_core.config import Params, load_params
 from rlhf_core.errors import RLHFError
 from rlhf_core.layout import Layout
 from rlhf_core.mlflow_writer import tracking_uri
+from tasks.network import answers, port_is_free
 from tasks.workspace import BusyError, check_workspace, exclusive
 
 GIB = 2**30
@@ -32,7 +30,6 @@ RUN_DISK, LEAST_DISK = 5 * GIB, 1 * GIB  # a default run leaves 2.5 GiB
 RUN_MEMORY = 6 * GIB  # a stage of a default run takes up to 5
 PINNED = ("torch", "transformers", "prefect", "mlflow", "dvc", "great_expectations")
 PORTS = {"Prefect": ("RLHF_PREFECT_PORT", 4200), "MLflow": ("RLHF_MLFLOW_PORT", 5000)}
-ANSWER_SECONDS = 3.0
 
 
 class State(Enum):
@@ -193,7 +190,7 @@ def _servers(root: Path) -> Iterator[Finding]:
         url = urls[what] or ""
         if url.startswith("http"):
             health = f"{url.removesuffix('/')}/health"
-            up = _answers(health)
+            up = answers(health)
             yield Finding(
                 what,
                 State.OK if up else State.FAIL,
@@ -202,7 +199,7 @@ def _servers(root: Path) -> Iterator[Finding]:
             )
             continue
         port = int(os.environ.get(variable, default))
-        free = _port_is_free(port)
+        free = port_is_free(port)
         seen = f"none named; port {port} is {'free' if free else 'taken, `make up` takes another'}"
         yield Finding(what, State.OK, seen)
 
@@ -215,26 +212,6 @@ def _run(root: Path, *command: str) -> str | None:
 def _existing(path: Path) -> Path | None:
     """`path`, or the nearest directory above it that exists."""
     return next((p for p in (path, *path.parents) if p.exists()), None)
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=ANSWER_SECONDS) as reply:
-            return reply.status < 500
-    except urllib.error.HTTPError as error:
-        return error.code < 500  # it asks who we are: it is there
-    except (OSError, ValueError):
-        return False
-
-
-def _port_is_free(port: int) -> bool:
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
 
 
 def show(findings: list[Finding], say: Callable[[object], None]) -> None:

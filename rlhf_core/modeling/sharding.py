@@ -60,7 +60,7 @@ def gathered(models: Iterable[PreTrainedModel]) -> Iterator[None]:
 
 def sharded_share(parameters: Sequence[Tensor]) -> float:
     """Share of the numbers in `parameters` that are split over the ranks."""
-    split = sum(parameter.numel() for parameter in parameters if is_sharded(parameter))
+    split = sum(parameter.numel() for parameter in parameters if ranks.is_sharded(parameter))
     return split / max(1, sum(parameter.numel() for parameter in parameters))
 
 
@@ -93,19 +93,15 @@ def unsharded(model: PreTrainedModel, build: Callable[[], PreTrainedModel]) -> P
     return plain
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    return ranks.count() > 1 and hasattr(tensor, "full_tensor")
-
-
 def whole(tensor: Tensor) -> Tensor:
     """All of a sharded tensor, on every rank; all take part. Any other comes back as it is."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[operator]
+    return tensor.full_tensor() if ranks.is_sharded(tensor) else tensor  # type: ignore[operator]
 
 
 def placed_like(full: Tensor, like: Tensor) -> Tensor:
     """`full` on the device of `like`, and split as it is."""
     full = full.to(like.device)
-    if not is_sharded(like) or is_sharded(full):
+    if not ranks.is_sharded(like) or ranks.is_sharded(full):
         return full
     from torch.distributed.tensor import DTensor, distribute_tensor
 

@@ -13,7 +13,7 @@ import urllib.request
 
 import pytest
 
-from flows.up import free_port
+from tasks.network import free_port
 
 from .checkouts import processes_below, run, start, wait_for
 
