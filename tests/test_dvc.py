@@ -19,6 +19,8 @@ NOT_IN_RESULTS = {
     "rlhf_core.atomic",
     "rlhf_core.checkpoint",
     "rlhf_core.config",
+    "rlhf_core.config.file",
+    "rlhf_core.config.sections",
     "rlhf_core.errors",
     "rlhf_core.layout",
     "rlhf_core.mlflow_writer",

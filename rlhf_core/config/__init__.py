@@ -1,0 +1,53 @@
+"""Every value a run can change: the sections of params.yaml, and the file that holds them."""
+
+from rlhf_core.config.file import (
+    change_params,
+    known_keys,
+    load_params,
+    parse_overrides,
+    parse_params,
+    profile_values,
+    read_yaml,
+)
+from rlhf_core.config.sections import (
+    SCRATCH_CONTEXT,
+    DataConfig,
+    EvaluateConfig,
+    LoRAConfig,
+    ModelConfig,
+    Params,
+    PPOConfig,
+    PreferencesConfig,
+    PretrainConfig,
+    RewardConfig,
+    RunConfig,
+    SamplingConfig,
+    ScratchConfig,
+    SFTConfig,
+    ValidateConfig,
+)
+
+__all__ = [
+    "SCRATCH_CONTEXT",
+    "DataConfig",
+    "EvaluateConfig",
+    "LoRAConfig",
+    "ModelConfig",
+    "PPOConfig",
+    "Params",
+    "PreferencesConfig",
+    "PretrainConfig",
+    "RewardConfig",
+    "RunConfig",
+    "SFTConfig",
+    "SamplingConfig",
+    "ScratchConfig",
+    "ValidateConfig",
+    "change_params",
+    "known_keys",
+    "load_params",
+    "parse_overrides",
+    "parse_params",
+    "profile_values",
+    "read_yaml",
+]
