@@ -88,6 +88,15 @@ def together() -> Iterator[None]:
         raise
 
 
+def agree(answer: bool) -> bool:
+    """The first rank's answer, on every rank: for what a clock decides."""
+    if count() == 1:
+        return answer
+    from accelerate.utils import broadcast_object_list
+
+    return bool(broadcast_object_list([answer])[0])
+
+
 def share(items: Sequence[Item]) -> list[Item]:
     """Every `count()`-th item, from this rank's own on."""
     return list(items[rank() :: count()])

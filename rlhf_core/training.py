@@ -135,7 +135,8 @@ def train(
         tracker.log(metrics, step + 1)
         tokens += sum(map(task.length, batch))
         tracker.progress(step + 1, schedule.num_steps, f"loss {metrics['train/loss']:.3f}")
-        if time.monotonic() - last_saved >= schedule.checkpoint_seconds and step + 1 < schedule.num_steps:
+        due = ranks.agree(time.monotonic() - last_saved >= schedule.checkpoint_seconds)
+        if due and step + 1 < schedule.num_steps:
             _save(step + 1, optimizer, parameters, best, checkpoints, tracker)
             last_saved = time.monotonic()
         if evaluation and out_of_patience(tracker.history, schedule.patience):
