@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from rlhf_core import ranks
 from rlhf_core.atomic import staged_dir
 from rlhf_core.modeling import sharding
+from rlhf_core.optim import Optimizer, parameters_of
 
 KEEP = 2
 
@@ -117,7 +118,7 @@ def inputs_digest(paths: Sequence[Path]) -> dict[str, str]:
     return digests
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: Optimizer, prefix: str) -> dict[str, Tensor]:
     """The moments of an optimizer as flat named tensors."""
     return {
         f"{prefix}.{index}.{name}": torch.as_tensor(value)
@@ -126,10 +127,8 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str
     }
 
 
-def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, prefix: str, tensors: Mapping[str, Tensor]
-) -> None:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+def load_optimizer_tensors(optimizer: Optimizer, prefix: str, tensors: Mapping[str, Tensor]) -> None:
+    parameters = parameters_of(optimizer)
     states: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith(f"{prefix}."):

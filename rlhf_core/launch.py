@@ -10,7 +10,7 @@ from typing import NoReturn
 from rlhf_core.config import RunConfig
 from rlhf_core.errors import LostRankError, RLHFError
 from rlhf_core.layout import Layout
-from rlhf_core.ranks import FSDP_VARIABLE, VERSION_VARIABLE
+from rlhf_core.ranks import LAUNCHED
 
 # How a process ends because another one did: it lost the connection, or was told to stop.
 CONSEQUENCES = (LostRankError.exit_code, 130, -signal.SIGTERM)
@@ -32,8 +32,7 @@ def in_processes(stage: str, run: RunConfig, layout: Layout) -> NoReturn:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     processes = run.num_processes
-    if run.shard_weights:
-        os.environ |= {FSDP_VARIABLE: "true", VERSION_VARIABLE: "2"}
+    os.environ |= LAUNCHED[run.sharding]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     os.environ["TORCHELASTIC_ERROR_FILE"] = os.devnull
     logs = layout.run_dir(stage) / "ranks"

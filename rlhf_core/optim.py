@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -11,8 +12,11 @@ from torch import nn
 from rlhf_core import ranks
 from rlhf_core.errors import RLHFError
 from rlhf_core.modeling import sharding
+from rlhf_core.zero import ZeroAdamW
 
 MOST_SKIPPED = 5
+
+Optimizer: TypeAlias = torch.optim.Optimizer | ZeroAdamW
 
 
 class DivergedError(RLHFError):
@@ -23,25 +27,45 @@ class DivergedError(RLHFError):
 
 def make_optimizer(
     parameters: Sequence[nn.Parameter], learning_rate: float, *, eps: float = 1e-8
-) -> torch.optim.Optimizer:
-    """AdamW without weight decay. Sharded parameters and whole ones cannot be in one fused step."""
+) -> Optimizer:
+    """AdamW without weight decay, split over the ranks as `run.sharding` says."""
+    if ranks.sharding() == "moments":
+        return ZeroAdamW(parameters, learning_rate, eps=eps)
+    # Sharded parameters and whole ones cannot be in one fused step.
     foreach = False if ranks.shard_weights() else None
     return torch.optim.AdamW(parameters, lr=learning_rate, eps=eps, weight_decay=0.0, foreach=foreach)
 
 
-def step_if_finite(
-    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], max_grad_norm: float
-) -> tuple[float, bool]:
-    """Clip the gradients, take the step and clear them; the norm before clipping, and if a step was taken.
+def step_if_finite(optimizer: Optimizer, max_grad_norm: float) -> tuple[float, bool]:
+    """Sum the gradients over ranks, clip them, take the step, clear them.
+
+    Returns the norm before clipping, and if a step was taken.
 
     With a norm that is infinite or not a number nothing changes: neither weights nor moments.
     """
+    if isinstance(optimizer, ZeroAdamW):
+        return optimizer.step_if_finite(max_grad_norm)
+    parameters = parameters_of(optimizer)
+    ranks.sum_gradients(parameters)
     norm = _clip(parameters, max_grad_norm)
     finite = math.isfinite(norm)
     if finite:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm, finite
+
+
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def held_moments(optimizer: Optimizer) -> float:
+    """Share of the optimizer's moments that this rank keeps."""
+    parameters = parameters_of(optimizer)
+    whole = sum(parameter.numel() for parameter in parameters)
+    if isinstance(optimizer, ZeroAdamW):
+        return optimizer.held() / whole
+    return sum(sharding.part_here(parameter).numel() for parameter in parameters) / whole
 
 
 def _clip(parameters: Sequence[nn.Parameter], max_norm: float) -> float:

@@ -21,9 +21,22 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 
-# The names by which `accelerate launch` tells its processes; run.shard_weights sets the same.
-FSDP_VARIABLE, VERSION_VARIABLE = "ACCELERATE_USE_FSDP", "FSDP_VERSION"
-DEEPSPEED_VARIABLE = "ACCELERATE_USE_DEEPSPEED"
+# How `accelerate launch` tells its processes what to split between them, and run.sharding too.
+LAUNCHED = {
+    "none": {},
+    "moments": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"},
+    "weights": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+}
+# What else a launcher may ask for: its key, the variable, what silence means, and what is done here.
+WISHES = {
+    "moments": (
+        ("zero_stage", "ACCELERATE_DEEPSPEED_ZERO_STAGE", None, "1"),
+        ("offload_optimizer_device", "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none", "none"),
+        ("offload_param_device", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none", "none"),
+        ("deepspeed_config_file", "ACCELERATE_DEEPSPEED_CONFIG_FILE", "none", "none"),
+    ),
+    "weights": (("fsdp_version", "FSDP_VERSION", "1", "2"),),
+}
 
 
 def rank() -> int:
@@ -40,21 +53,25 @@ def is_first() -> bool:
     return rank() == 0
 
 
-def shard_weights() -> bool:
-    """Whether the ranks of this training split its weights between them (see modeling/sharding.py).
+def sharding() -> str:
+    """What the ranks of this training split between them: "none", "moments" (zero.py) or "weights"
+    (modeling/sharding.py).
 
     Raises InputError for what a launcher may ask for and this does not do.
     """
-    if os.environ.get(DEEPSPEED_VARIABLE) == "true":
-        raise InputError(
-            "accelerate launch: DeepSpeed is not supported; configs/accelerate/fsdp2.yaml shards weights, "
-            "gradients and moments as its stage 3 does"
-        )
-    if count() == 1 or os.environ.get(FSDP_VARIABLE) != "true":
-        return False
-    if (version := os.environ.get(VERSION_VARIABLE, "1")) != "2":
-        raise InputError(f"accelerate launch: fsdp_version is {version}, must be 2")
-    return True
+    asked = [name for name, wish in LAUNCHED.items() if wish and os.environ.get(next(iter(wish))) == "true"]
+    if count() == 1 or not asked:
+        return "none"
+    for key, variable, unsaid, done in WISHES[asked[0]]:
+        if (told := os.environ.get(variable, unsaid)) != done:
+            raise InputError(
+                f"accelerate launch: {key} is {told}, must be {done}; configs/accelerate has files that work"
+            )
+    return asked[0]
+
+
+def shard_weights() -> bool:
+    return sharding() == "weights"
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -65,7 +82,7 @@ def is_sharded(tensor: Tensor) -> bool:
 def join(device: torch.device) -> None:
     """Meet the other ranks: gloo between CPUs, NCCL between GPUs. Later calls return at once."""
     if count() > 1:
-        shard_weights()  # what cannot be done is told before a model loads
+        sharding()  # what cannot be done is told before a model loads
         from accelerate import PartialState
 
         # The first rank may work on for long while the others wait, and a lost one is noticed otherwise.

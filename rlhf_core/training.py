@@ -24,7 +24,7 @@ from rlhf_core.checkpoint import (
     parameter_tensors,
 )
 from rlhf_core.modeling import sharding
-from rlhf_core.optim import SkipGuard, make_optimizer, step_if_finite
+from rlhf_core.optim import Optimizer, SkipGuard, held_moments, make_optimizer, step_if_finite
 from rlhf_core.tracking import Tracker
 
 
@@ -121,7 +121,7 @@ def train(
     for step in range(first, schedule.num_steps):
         batch = [rows[i] for i in step_rows(len(rows), schedule.batch_size, step, seed)]
         step_started = time.monotonic()
-        metrics = train_step(task, batch, parameters, optimizer, schedule, step)
+        metrics = train_step(task, batch, optimizer, schedule, step)
         training_seconds += time.monotonic() - step_started
         flops += task.flops(batch)
         if metrics["train/skipped_steps"]:
@@ -145,7 +145,7 @@ def train(
         {
             "perf/tokens_per_second": tokens / max(1e-9, time.monotonic() - started),
             "perf/gflops_per_second": flops / 1e9 / max(1e-9, training_seconds),
-            "perf/sharded_parameters": sharding.sharded_share(parameters),
+            "perf/held_moments": held_moments(optimizer),
         }
     )
     return evaluation if best is None else best.restore()
@@ -180,8 +180,7 @@ def out_of_patience(history: Sequence[Mapping[str, float]], patience: int) -> bo
 def train_step(
     task: Task,
     batch: Sequence[Any],
-    parameters: Sequence[nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     schedule: Schedule,
     step: int,
 ) -> dict[str, float]:
@@ -196,11 +195,10 @@ def train_step(
         (counts * loss / weight).backward()
         if counts:
             sums.append(stats | {"train/loss": loss.detach()})
-    ranks.sum_gradients(parameters)
     learning_rate = schedule.learning_rate_at(step)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    grad_norm, taken = step_if_finite(optimizer, parameters, schedule.max_grad_norm)
+    grad_norm, taken = step_if_finite(optimizer, schedule.max_grad_norm)
     metrics = {name: value / weight for name, value in ranks.total(sums).items()}
     return metrics | {
         "train/grad_norm": grad_norm,
@@ -211,7 +209,7 @@ def train_step(
 
 def _save(
     step: int,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     parameters: Sequence[nn.Parameter],
     best: Best | None,
     to: Checkpoints,
@@ -226,7 +224,7 @@ def _save(
 
 
 def _resume(
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     parameters: Sequence[nn.Parameter],
     best: Best | None,
     checkpoints: Checkpoints,

@@ -8,7 +8,7 @@ from rlhf_core.generation import draw, filter_logits, generate, stream
 from rlhf_core.modeling.encoding import encode_prompt
 from rlhf_core.modeling.loading import load_policy
 
-RUN = RunConfig(seed=0, device="cpu", num_processes=1, shard_weights=False, precision="float32")
+RUN = RunConfig(seed=0, device="cpu", num_processes=1, sharding="none", precision="float32")
 CHATS = [
     [{"role": "user", "content": text}] for text in ("hello", "how are you today my friend?", "no", "rain")
 ]

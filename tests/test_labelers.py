@@ -11,7 +11,7 @@ from rlhf_core.errors import InputError, RLHFError
 from rlhf_core.labelers import API_KEY, QUESTION, EndpointLabeler, JudgeLabeler, make_labeler
 from rlhf_core.modeling.encoding import encode_prompt
 
-RUN = RunConfig(seed=0, device="cpu", num_processes=1, shard_weights=False, precision="float32")
+RUN = RunConfig(seed=0, device="cpu", num_processes=1, sharding="none", precision="float32")
 
 
 def test_vader_reads_the_response_only():

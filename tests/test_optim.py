@@ -14,7 +14,7 @@ def weight():
 def test_step_is_taken_with_the_clipped_gradient(weight):
     optimizer = torch.optim.SGD([weight], lr=1.0)
     weight.grad = torch.tensor([3.0, 4.0])
-    assert step_if_finite(optimizer, [weight], 1.0) == (5.0, True)
+    assert step_if_finite(optimizer, 1.0) == (5.0, True)
     torch.testing.assert_close(weight.detach(), torch.tensor([1.0 - 0.6, 2.0 - 0.8]), rtol=1e-5, atol=1e-5)
     assert weight.grad is None
 
@@ -23,11 +23,11 @@ def test_step_is_taken_with_the_clipped_gradient(weight):
 def test_bad_gradient_changes_neither_weights_nor_moments(weight, bad):
     optimizer = torch.optim.AdamW([weight], lr=0.1)
     weight.grad = torch.ones(2)
-    step_if_finite(optimizer, [weight], 1.0)
+    step_if_finite(optimizer, 1.0)
     before = weight.detach().clone()
     moments = optimizer.state[weight]["exp_avg"].clone()
     weight.grad = torch.tensor([bad, 1.0])
-    norm, taken = step_if_finite(optimizer, [weight], 1.0)
+    norm, taken = step_if_finite(optimizer, 1.0)
     assert not taken
     assert not math.isfinite(norm)
     assert torch.equal(weight.detach(), before)

@@ -28,12 +28,12 @@ class RunConfig(Section):
     device: Literal["auto", "cpu", "cuda"]
     precision: Literal["auto", "float32", "bfloat16"]
     num_processes: PositiveInt
-    shard_weights: bool
+    sharding: Literal["none", "moments", "weights"]
 
     @classmethod
     def alone(cls) -> Self:
         """Of a model that is only talked to, outside of any workspace."""
-        return cls(seed=0, device="auto", num_processes=1, shard_weights=False, precision="auto")
+        return cls(seed=0, device="auto", num_processes=1, sharding="none", precision="auto")
 
 
 class LoRAConfig(Section):

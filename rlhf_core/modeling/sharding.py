@@ -9,7 +9,7 @@ where the blocks are whole and no rank waits for another.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -58,12 +58,6 @@ def gathered(models: Iterable[PreTrainedModel]) -> Iterator[None]:
             block.reshard()
 
 
-def sharded_share(parameters: Sequence[Tensor]) -> float:
-    """Share of the numbers in `parameters` that are split over the ranks."""
-    split = sum(parameter.numel() for parameter in parameters if ranks.is_sharded(parameter))
-    return split / max(1, sum(parameter.numel() for parameter in parameters))
-
-
 def _sharded_blocks(model: PreTrainedModel) -> list[FSDPModule]:
     if ranks.count() == 1:
         return []
@@ -91,6 +85,11 @@ def unsharded(model: PreTrainedModel, build: Callable[[], PreTrainedModel]) -> P
         for name, parameter in plain.named_parameters():
             parameter.copy_(state[name])
     return plain
+
+
+def part_here(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor. Any other comes back as it is."""
+    return tensor.to_local() if ranks.is_sharded(tensor) else tensor  # type: ignore[operator]
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from rlhf_core import ranks
 from rlhf_core.config import PPOConfig
 from rlhf_core.modeling.encoding import TokenBatch
-from rlhf_core.optim import step_if_finite
+from rlhf_core.optim import Optimizer, step_if_finite
 from rlhf_core.rl.kl import kl_estimate
 from rlhf_core.rl.losses import policy_loss, value_loss
 from rlhf_core.rl.rollout import Actors, Rollout
@@ -24,8 +24,8 @@ from rlhf_core.rl.tensor_ops import masked_sum
 
 def ppo_step(
     actors: Actors,
-    policy_optimizer: torch.optim.Optimizer | None,
-    critic_optimizer: torch.optim.Optimizer | None,
+    policy_optimizer: Optimizer | None,
+    critic_optimizer: Optimizer | None,
     minibatch: Rollout,
     config: PPOConfig,
     kl_coef: float,
@@ -62,9 +62,7 @@ def ppo_step(
     for name, optimizer in (("policy", policy_optimizer), ("value", critic_optimizer)):
         if optimizer is None:
             continue
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        ranks.sum_gradients(parameters)
-        norm, taken = step_if_finite(optimizer, parameters, config.max_grad_norm)
+        norm, taken = step_if_finite(optimizer, config.max_grad_norm)
         norms |= {f"{name}/grad_norm": norm, f"{name}/skipped_steps": float(not taken)}
     return {name: value / int(num_tokens) for name, value in ranks.total(sums).items()} | norms
 
@@ -98,8 +96,8 @@ def _policy_objective(
 
 def update(
     actors: Actors,
-    policy_optimizer: torch.optim.Optimizer | None,
-    critic_optimizer: torch.optim.Optimizer | None,
+    policy_optimizer: Optimizer | None,
+    critic_optimizer: Optimizer | None,
     rollout: Rollout,
     config: PPOConfig,
     seed: int,

@@ -38,7 +38,7 @@ from rlhf_core.modeling.reward import (
     scorer_of_roles,
 )
 from rlhf_core.modeling.roles import REFERENCE, FullRoles, Roles, adapter_roles
-from rlhf_core.optim import SkipGuard, make_optimizer
+from rlhf_core.optim import SkipGuard, held_moments, make_optimizer
 from rlhf_core.rl.alarms import alarms
 from rlhf_core.rl.kl import KLController
 from rlhf_core.rl.ppo import update
@@ -292,8 +292,7 @@ class Training:
 
     def log_speed(self) -> None:
         perf = {"perf/response_tokens_per_second": self.tokens / max(1e-9, sum(self.seconds.values()))}
-        trained = [*self.actors.policy_parameters(), *self.actors.critic_parameters()]
-        perf["perf/sharded_parameters"] = sharding.sharded_share(trained)
+        perf["perf/held_moments"] = held_moments(self.policy_optimizer)
         for phase, seconds in self.seconds.items():
             perf[f"perf/{phase}_seconds"] = seconds
             perf[f"perf/{phase}_gflops_per_second"] = self.flops[phase] / 1e9 / max(1e-9, seconds)

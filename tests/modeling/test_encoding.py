@@ -19,7 +19,7 @@ LONG_PROMPT = list(range(10, 10 + SHARED_PROMPT))
 def model(tiny_model_dir):
     return load_policy(
         tiny_model_dir,
-        RunConfig(seed=0, device="cpu", num_processes=1, shard_weights=False, precision="float32"),
+        RunConfig(seed=0, device="cpu", num_processes=1, sharding="none", precision="float32"),
     )[0]
 
 
@@ -93,7 +93,7 @@ def test_fused_attention_of_long_rows_sees_the_same(model):
 def test_gradients_of_a_shared_prompt_add_up(tiny_model_dir):
     model = load_policy(
         tiny_model_dir,
-        RunConfig(seed=0, device="cpu", num_processes=1, shard_weights=False, precision="float32"),
+        RunConfig(seed=0, device="cpu", num_processes=1, sharding="none", precision="float32"),
     )[0]
     weight = model.base_model.layers[0].mlp.up_proj.weight
     prompts, responses = [LONG_PROMPT] * 3, [[5, 6], [7], [8, 9, 10]]

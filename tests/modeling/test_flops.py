@@ -9,7 +9,7 @@ from rlhf_core.modeling import lora
 from rlhf_core.modeling.flops import Flops
 from rlhf_core.modeling.loading import load_policy
 
-RUN = RunConfig(seed=0, device="cpu", num_processes=1, shard_weights=False, precision="float32")
+RUN = RunConfig(seed=0, device="cpu", num_processes=1, sharding="none", precision="float32")
 TOKENS = 24
 PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm}
 

@@ -6,7 +6,7 @@ from rlhf_core.modeling.encoding import make_batch
 from rlhf_core.modeling.loading import load_policy
 from rlhf_core.modeling.logprobs import response_hidden, response_logprobs, scatter_to_mask, token_logprobs
 
-RUN = RunConfig(seed=0, device="cpu", num_processes=1, shard_weights=False, precision="float32")
+RUN = RunConfig(seed=0, device="cpu", num_processes=1, sharding="none", precision="float32")
 PROMPTS = [[5, 9, 3], [8, 2, 6, 1, 4, 12, 40], [7]]
 RESPONSES = [[11, 20, 2], [30], [9, 9, 9, 9, 2]]
 

@@ -9,7 +9,7 @@ from rlhf_core.modeling.lora import adapted_layers
 from rlhf_core.modeling.roles import REFERENCE, AdapterRoles
 from rlhf_core.modeling.trunk import SHORT_SEQUENCE
 
-RUN = RunConfig(seed=0, device="cpu", num_processes=1, shard_weights=False, precision="float32")
+RUN = RunConfig(seed=0, device="cpu", num_processes=1, sharding="none", precision="float32")
 LORA = LoRAConfig(rank=4, alpha=8.0)
 IDS = torch.tensor([[5, 9, 3, 7], [8, 2, 6, 1]])
 

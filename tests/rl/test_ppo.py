@@ -17,7 +17,7 @@ from rlhf_core.rl import ppo
 from rlhf_core.rl.ppo import ppo_step, update
 from rlhf_core.rl.rollout import Actors, collect, rollout_metrics, with_advantages
 
-RUN = RunConfig(seed=0, device="cpu", num_processes=1, shard_weights=False, precision="float32")
+RUN = RunConfig(seed=0, device="cpu", num_processes=1, sharding="none", precision="float32")
 CHATS = [
     [{"role": "user", "content": text}] for text in ("hello", "how are you today?", "no", "rain or sun?")
 ]

@@ -16,7 +16,6 @@ import yaml
 from .toy import assert_same_outputs, make_workspace
 
 SLOW = [pytest.mark.slow, pytest.mark.timeout(1200)]
-SHARDED = {"num_processes": 2, "shard_weights": True}
 MODELS = {"sft": "sft", "reward": "reward", "ppo": "policy"}
 
 
@@ -59,7 +58,8 @@ def kill_once(layout, stage, moment):
         ("ppo", 4, {}),
         *(pytest.param(stage, 20, {}, marks=SLOW) for stage in MODELS),
         *(
-            pytest.param(stage, 5, {"num_processes": 2, "shard_weights": True}, marks=SLOW)
+            pytest.param(stage, 5, {"num_processes": 2, "sharding": sharding}, marks=SLOW)
+            for sharding in ("weights", "moments")
             for stage in MODELS
         ),
     ],

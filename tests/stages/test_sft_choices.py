@@ -93,7 +93,7 @@ def test_loss_equals_the_definition_turn_by_turn(small_params, tiny_model_dir):
     task, rows = make_task(small_params, tiny_model_dir, loss_on="assistant")
     model, _ = load_policy(
         tiny_model_dir,
-        RunConfig(seed=0, device="cpu", num_processes=1, shard_weights=False, precision="float32"),
+        RunConfig(seed=0, device="cpu", num_processes=1, sharding="none", precision="float32"),
     )
     expected = 0.0
     for row in rows:
