@@ -12,7 +12,7 @@ from torch import nn
 from rlhf_core import ranks
 from rlhf_core.errors import RLHFError
 from rlhf_core.modeling import sharding
-from rlhf_core.zero import ZeroAdamW
+from rlhf_core.modeling.zero import ZeroAdamW
 
 MOST_SKIPPED = 5
 

@@ -54,7 +54,7 @@ def is_first() -> bool:
 
 
 def sharding() -> str:
-    """What the ranks of this training split between them: "none", "moments" (zero.py) or "weights"
+    """What the ranks of this training split between them: "none", "moments" (modeling/zero.py) or "weights"
     (modeling/sharding.py).
 
     Raises InputError for what a launcher may ask for and this does not do.

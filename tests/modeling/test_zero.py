@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from rlhf_core.errors import InputError
+from rlhf_core.modeling.zero import ZeroAdamW
 from rlhf_core.optim import held_moments, make_optimizer, step_if_finite
-from rlhf_core.zero import ZeroAdamW
 
-from .test_ranks import in_two_processes
+from ..two_processes import in_two_processes
 
 STEPS = 6
 RATES = [0.1, 0.05, 0.1, 0.02, 0.01, 0.1]
