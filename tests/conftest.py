@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,17 @@ TEXTS = [
     "that is great! i love the sea and the sun.",
     "no, i do not like rain, it is sad and bad.",
 ] * 8
+
+
+@pytest.fixture
+def deepspeed(monkeypatch):
+    """Processes that a test starts find DeepSpeed, which `make test` installs apart."""
+    apart = Path(sys.prefix) / "deepspeed"
+    if not (apart / "deepspeed").is_dir() and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+    paths = filter(None, (os.environ.get("PYTHONPATH"), str(apart)))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    monkeypatch.setattr(sys, "path", [*sys.path, str(apart)])
 
 
 @pytest.fixture(autouse=True)

@@ -80,7 +80,7 @@ def one_process():
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("work", [_without_a_break, _with_a_break])
-def test_it_takes_the_steps_of_one_process(one_process, work):
+def test_it_takes_the_steps_of_one_process(one_process, work, deepspeed):
     """Also clipped, without a pass on one rank, skipped for a gradient that is not a number, and resumed."""
     expected_norms, expected, expected_state = one_process
     assert [taken for _, taken in expected_norms] == [step != BAD for step in range(STEPS)]

@@ -65,8 +65,10 @@ def kill_once(layout, stage, moment):
     ],
 )
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(
-    tmp_path, tiny_model_dir, small_params, stage, kills, run_options
+    request, tmp_path, tiny_model_dir, small_params, stage, kills, run_options
 ):
+    if run_options.get("sharding") == "moments":
+        request.getfixturevalue("deepspeed")
     whole, broken = (make_workspace(tmp_path / name, tiny_model_dir) for name in ("whole", "broken"))
     tree = small_params.model_dump(mode="json", by_alias=True)
     tree["run"] |= run_options

@@ -22,7 +22,6 @@ from rlhf_core.errors import InputError
 from .toy import make_workspace, weights
 
 MODELS = {"sft": "sft", "reward": "reward", "ppo": "policy"}
-ENV = os.environ | {"RLHF_TRACKING": "off", "OMP_NUM_THREADS": "1"}
 STAGE = [sys.executable, "-m", "rlhf_core.cli"]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 
@@ -37,9 +36,13 @@ def make(root, directory, params, processes=1, sharding="none", **changes):
     return layout
 
 
+def environment():
+    return os.environ | {"RLHF_TRACKING": "off", "OMP_NUM_THREADS": "1"}
+
+
 def run(layout, command):
     done = subprocess.run(
-        command, cwd=layout.root, env=ENV, capture_output=True, text=True, check=False, timeout=240
+        command, cwd=layout.root, env=environment(), capture_output=True, text=True, check=False, timeout=240
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done
@@ -117,9 +120,11 @@ SHARDED = [
 
 @pytest.mark.parametrize(("sharding", "finetuning", "recomputed", "stages"), SHARDED)
 def test_two_processes_that_share_the_work_and_the_memory_take_the_steps_of_one(
-    tmp_path, tiny_model_dir, small_params, sharding, finetuning, recomputed, stages
+    request, tmp_path, tiny_model_dir, small_params, sharding, finetuning, recomputed, stages
 ):
     """FSDP2 and ZeRO; batches do not divide evenly, so one rank makes passes that do not count, or none."""
+    if sharding == "moments":
+        request.getfixturevalue("deepspeed")
     changes = {
         "model": {"finetuning": finetuning, "gradient_checkpointing": recomputed},
         "sft": {"learning_rate": 1e-3, "batch_size": 6, "micro_batch_size": 2, "keep": "best"},
@@ -150,7 +155,9 @@ def test_two_processes_that_share_the_work_and_the_memory_take_the_steps_of_one(
 @pytest.mark.parametrize(
     "config", [*(pytest.param(c, marks=pytest.mark.slow) for c in ("ddp", "deepspeed")), "fsdp2"]
 )
-def test_accelerate_launch_does_the_same(tmp_path, tiny_model_dir, small_params, root, config):
+def test_accelerate_launch_does_the_same(request, tmp_path, tiny_model_dir, small_params, root, config):
+    if config == "deepspeed":
+        request.getfixturevalue("deepspeed")
     changes = {"sft": {"learning_rate": 1e-3, "num_epochs": 1}}
     one = make(tmp_path / "one", tiny_model_dir, small_params, **changes)
     two = make(tmp_path / "two", tiny_model_dir, small_params, **changes)
@@ -223,7 +230,9 @@ def ranks_of(process):
 def test_a_process_that_dies_ends_the_others_with_one_error(tmp_path, tiny_model_dir, small_params, sharding):
     sft = {"num_epochs": 2000}
     layout = make(tmp_path / "two", tiny_model_dir, small_params, processes=2, sharding=sharding, sft=sft)
-    process = subprocess.Popen([*STAGE, "sft"], cwd=layout.root, env=ENV, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*STAGE, "sft"], cwd=layout.root, env=environment(), stderr=subprocess.PIPE, text=True
+    )
     file = layout.run_dir("sft") / "history.jsonl"
     deadline = time.monotonic() + 90
     while not (file.exists() and file.read_text().count("\n") > 3):
@@ -246,7 +255,13 @@ def test_an_error_that_all_meet_is_told_once(tmp_path, tiny_model_dir, small_par
     layout = make(tmp_path / "two", tiny_model_dir, small_params, processes=2)
     layout.prepared_file("demonstrations", "train").unlink()
     done = subprocess.run(
-        [*STAGE, "sft"], cwd=layout.root, env=ENV, capture_output=True, text=True, check=False, timeout=120
+        [*STAGE, "sft"],
+        cwd=layout.root,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
     assert done.returncode not in (0, 1)
     assert done.stderr.count("error:") == 1
