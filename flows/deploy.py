@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.exceptions import ObjectAlreadyExists
 
 from flows import automations
 from flows.up import POOL
+from tasks import gpus
+
+CPU_RUNS = 2  # at once; each has a worktree of its own, but they share the processor
+
+
+def queues() -> dict[str, int]:
+    """The queues of the pool, and how many runs each lets through at once: one for each GPU."""
+    return {"cpu": CPU_RUNS, "gpu": max(1, len(gpus.visible()))}
 
 
 def make_pool() -> None:
-    """A pool whose worker runs flows as processes, one at a time, since they share a checkout."""
+    """A pool whose worker runs flows as processes, with a queue for runs on GPUs and one for the others."""
     with get_client(sync_client=True) as client:
-        client.create_work_pool(
-            WorkPoolCreate(name=POOL, type="process", concurrency_limit=1), overwrite=True
-        )
+        client.create_work_pool(WorkPoolCreate(name=POOL, type="process"), overwrite=True)
+        for name, limit in queues().items():
+            with contextlib.suppress(ObjectAlreadyExists):
+                client.create_work_queue(name=name, work_pool_name=POOL)
+            queue = client.read_work_queue_by_name(name, work_pool_name=POOL)
+            client.update_work_queue(queue.id, concurrency_limit=limit)
 
 
 def deploy(root: Path) -> None:
@@ -25,7 +38,7 @@ def deploy(root: Path) -> None:
     flow.from_source(source=str(root), entrypoint="flows/train.py:train").deploy(
         name="train",
         work_pool_name=POOL,
-        concurrency_limit=1,
+        work_queue_name="gpu" if gpus.visible() else "cpu",
         description="Data, SFT, reward model, PPO, evaluation; registers the policy as candidate.",
         tags=["rlhf"],
         build=False,

@@ -6,10 +6,14 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import contextlib
 import logging
 import os
+import shutil
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NoReturn
@@ -18,21 +22,27 @@ from rlhf_core.cli import QUIET
 
 os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
 if "PREFECT_API_URL" not in os.environ:
-    # A server of our own for this run, its database beside the workspace's other state.
-    home = Path(os.environ.setdefault("PREFECT_HOME", str(Path.cwd() / ".rlhf" / "prefect")))
+    # A server of our own for this run, its database beside the workspace's other state; two servers on one
+    # database get into each other's way.
+    own = f"prefect-{os.getpid()}" if "--isolated" in sys.argv else "prefect"
+    home = Path(os.environ.setdefault("PREFECT_HOME", str(Path.cwd() / ".rlhf" / own)))
     home.mkdir(parents=True, exist_ok=True)  # Prefect makes the last directory only
+    if own != "prefect":
+        atexit.register(shutil.rmtree, home, ignore_errors=True)
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "ERROR")
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
 
-from rlhf_core.config import load_params
+from rlhf_core.config import Params, load_params
 from rlhf_core.errors import RLHFError
 from rlhf_core.layout import Layout
 from rlhf_core.report import run_report
 from rlhf_core.stages import STAGES
-from tasks import registry, stages, workspace
+from tasks import gpus, registry, stages, workspace, worktrees
 from tasks.processes import end_orphans
 
 TEMPORARY_SERVER = "prefect.server.api.server:create_app"
@@ -54,9 +64,9 @@ class WithoutTraceback(logging.Filter):
 
 
 @task(cache_policy=NO_CACHE, retry_condition_fn=worth_retrying, task_run_name="{stage}", name="stage")
-def run_stage(root: Path, stage: str, parent_run_id: str) -> stages.StageResult:
+def run_stage(root: Path, stage: str, parent_run_id: str, kept: Path | None = None) -> stages.StageResult:
     """Run one stage through DVC. Safe to retry: training goes on from its last checkpoint."""
-    return stages.run_stage(root, stage, load_params(Layout(root).params), parent_run_id)
+    return stages.run_stage(root, stage, load_params(Layout(root).params), parent_run_id, kept)
 
 
 @task(cache_policy=NO_CACHE, name="register")
@@ -66,46 +76,96 @@ def register(root: Path, parent: registry.ParentRun) -> str:
     return registry.register_policy(root, load_params(Layout(root).params), parent)
 
 
+@task(cache_policy=NO_CACHE, name="push", retries=3, retry_delay_seconds=[10, 60, 300])
+def push(place: worktrees.RunPlace) -> None:
+    """Send the run's data and models to the DVC remote."""
+    worktrees.push(place)
+
+
 @flow(name="train")
 def train(
     profile: Literal["keep", "default", "smoke"] = "keep",
     overrides: list[str] = [],  # noqa: B006 - None would need an Optional, for which the form shows a switcher
-    root: str = "",
+    revision: str = "",
+    in_place: bool = False,
 ) -> str:
     """Train and register a policy. Returns the registered version.
 
     Args:
         profile: keep params.yaml as it is, or apply a profile first.
         overrides: values to change, such as `ppo.kl_coef=0.1`.
-        root: the checkout to work in; empty means the one that is deployed.
+        revision: the branch, tag or commit to run; empty means the last commit, with params.yaml as it lies
+            in the checkout.
+        in_place: work in the checkout itself, one run at a time, rather than in a worktree of its own.
     """
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(name).addFilter(WithoutTraceback())
-    directory = Path(root or Path.cwd()).resolve()
-    workspace.check_workspace(directory)
-    with workspace.exclusive(directory):
-        params = workspace.resolve_params(directory, "" if profile == "keep" else profile, overrides)
-        with registry.parent_run(directory, params, "train") as parent:
-            stages.show_links(directory, parent.uri, parent.run_id, parent.experiment)
-            for stage in STAGES:
-                run_stage.with_options(retries=params.flow.stage_retries)(directory, stage, parent.run_id)
-            return register(directory, parent)
+    home = Path.cwd().resolve()
+    workspace.check_workspace(home)
+    profile_name = "" if profile == "keep" else profile
+    if in_place or not workspace.has_git(home):
+        with workspace.exclusive(home):
+            return run_stages(home, workspace.resolve_params(home, profile_name, overrides))
+    run_id = worktrees.run_id_of(home, str(flow_run.id))
+    with worktrees.run_place(home, run_id, revision) as place:
+        params = workspace.resolve_params(place.root, profile_name, overrides)
+        worktrees.check_sources(place, params)
+        worktrees.fetch_tracked_data(place)
+        with gpus_for(params):
+            registered = run_stages(place.root, params, place)
+    push(place)
+    worktrees.remove(place)
+    return registered
+
+
+@contextlib.contextmanager
+def gpus_for(params: Params) -> Iterator[None]:
+    """As many GPUs as the run has processes, its own while it trains; other runs wait, or take others."""
+    wanted = 0 if params.run.device == "cpu" else params.run.num_processes
+    with gpus.held(wanted, get_run_logger().info) as names:
+        if names:
+            os.environ[gpus.VARIABLE] = ",".join(names)
+        yield
+
+
+def run_stages(root: Path, params: Params, place: worktrees.RunPlace | None = None) -> str:
+    """All stages in the workspace `root`, then the registry. Returns the registered version."""
+    name = place.branch if place else "train"
+    with registry.parent_run(root, params, name) as parent:
+        stages.show_links(root, parent.uri, parent.run_id, parent.experiment)
+        if place:
+            worktrees.note(place, mlflow_run=parent.run_id)
+        for stage in STAGES:
+            retried = run_stage.with_options(retries=params.flow.stage_retries)
+            retried(root, stage, parent.run_id, place.kept if place else None)
+        return register(root, parent)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="rlhf run", description="Run the whole pipeline.")
     parser.add_argument("--profile", default="")
     parser.add_argument("-S", "--set", dest="overrides", action="append", default=[])
+    parser.add_argument("--isolated", action="store_true")
+    parser.add_argument("--revision", default="")
     options = parser.parse_args()
-    root = Path.cwd()
+    root = shown = Path.cwd()
     signal.signal(signal.SIGTERM, _interrupt)  # Prefect passes it on to us when it has noted the crash
     try:
         # Checked here too, so that a mistake is one line and not a failed flow.
         workspace.check_workspace(root)
-        with workspace.exclusive(root):
-            workspace.resolve_params(root, options.profile, options.overrides)
-            end_orphans(root.resolve(), TEMPORARY_SERVER)  # of a run here that was killed
-        registered = train(root=str(root))
+        if options.isolated:
+            profile = options.profile or "keep"
+            state = train(
+                profile=profile, overrides=options.overrides, revision=options.revision, return_state=True
+            )
+            registered = state.result()
+            run_id = worktrees.run_id_of(root, str(state.state_details.flow_run_id))
+            shown = worktrees.kept_dir(root, run_id)
+        else:
+            with workspace.exclusive(root):
+                workspace.resolve_params(root, options.profile, options.overrides)
+                end_orphans(root.resolve(), TEMPORARY_SERVER)  # of a run here that was killed
+            registered = train(in_place=True)
     except (RLHFError, stages.StageError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 1))
@@ -114,7 +174,7 @@ def main() -> None:
         sys.exit(130)
     from rich.console import Console
 
-    Console().print(run_report(Layout(root), registered))
+    Console().print(run_report(Layout(shown), registered))
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:

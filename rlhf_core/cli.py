@@ -110,12 +110,31 @@ for _stage in STAGES:
 
 
 @app.command()
-def run(profile: Profile = "", overrides: Overrides = None) -> None:
+def run(
+    profile: Profile = "",
+    overrides: Overrides = None,
+    isolated: Annotated[
+        bool, typer.Option("--isolated", help="In a git worktree of its own; several may run at once.")
+    ] = False,
+    revision: Annotated[
+        str, typer.Option(help="The commit, branch or tag to run in a worktree; empty: the last commit.")
+    ] = "",
+) -> None:
     """Run the whole pipeline as a Prefect flow; no server needs to run. Ends with a table of results."""
     options = ["--profile", profile] if profile else []
+    if isolated or revision:
+        options += ["--isolated", "--revision", revision]
     for text in overrides or []:
         options += ["-S", text]
     _become("flows.train", options)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
+)
+def runs(context: typer.Context) -> None:
+    """List runs that have a worktree's branch; `runs compare A B`, `runs reproduce A`."""
+    _become("tasks.runs", context.args)
 
 
 @app.command()

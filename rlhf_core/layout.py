@@ -66,5 +66,17 @@ class Layout:
         """Ignored by git and DVC: locks, logs, checkpoints in progress, times."""
         return self.root / ".rlhf"
 
+    @property
+    def worktrees(self) -> Path:
+        """Where runs with a place of their own work, a directory each."""
+        return self.state / "worktrees"
+
+    @property
+    def home(self) -> Path:
+        """The checkout that keeps what its runs share: the root itself, or the one whose worktree it is."""
+        parents = self.root.resolve().parents
+        is_worktree = [p.name for p in parents[:2]] == ["worktrees", ".rlhf"]
+        return parents[2] if is_worktree else self.root
+
     def run_dir(self, stage: str) -> Path:
         return self.state / "runs" / stage

@@ -8,6 +8,7 @@ any of this: a store that cannot be reached costs a warning.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -16,11 +17,12 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_core.errors import InputError
+from rlhf_core.layout import Layout
 
 EXPERIMENT = "rlhf"
 SWITCH_VARIABLE = "RLHF_TRACKING"
@@ -29,8 +31,8 @@ BATCH_SECONDS = 1.0
 
 
 def tracking_uri(root: Path) -> str:
-    """Absolute, since stages run in other directories."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.resolve()}/mlflow.db"
+    """Absolute, since stages run in other directories; one store for a checkout and its worktrees."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Layout(root).home.resolve()}/mlflow.db"
 
 
 def open_client(root: Path):
@@ -42,7 +44,23 @@ def open_client(root: Path):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     from mlflow import MlflowClient
 
-    return MlflowClient(tracking_uri(root), registry_uri=tracking_uri(root))
+    uri = tracking_uri(root)
+    if not uri.startswith("sqlite:"):
+        return MlflowClient(uri, registry_uri=uri)
+    with _one_at_a_time(Layout(root).home):
+        client = MlflowClient(uri, registry_uri=uri)
+        client.get_experiment_by_name(EXPERIMENT)  # by then the tables are there
+        return client
+
+
+@contextlib.contextmanager
+def _one_at_a_time(home: Path) -> Iterator[None]:
+    """Two processes that make the tables of one database at once would fail."""
+    lock = Layout(home).state / "mlflow.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def experiment_id(client: Any, root: Path) -> str:
@@ -55,7 +73,7 @@ def experiment_id(client: Any, root: Path) -> str:
             return found.experiment_id
         try:
             return client.create_experiment(
-                EXPERIMENT, artifact_location=f"file://{root.resolve()}/mlartifacts"
+                EXPERIMENT, artifact_location=f"file://{Layout(root).home.resolve()}/mlartifacts"
             )
         except MlflowException:
             continue  # somebody else was first

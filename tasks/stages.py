@@ -25,6 +25,7 @@ from rlhf_core.config import Params
 from rlhf_core.layout import Layout
 from rlhf_core.mlflow_writer import SWITCH_VARIABLE, MlflowWriter
 from rlhf_core.tracking_spool import SpoolFollower
+from tasks import worktrees
 from tasks.processes import Finished, run_command
 
 
@@ -45,8 +46,12 @@ class StageResult:
     metrics: dict[str, Any]
 
 
-def run_stage(root: Path, stage: str, params: Params, parent_run_id: str = "") -> StageResult:
+def run_stage(
+    root: Path, stage: str, params: Params, parent_run_id: str = "", kept: Path | None = None
+) -> StageResult:
     """Run `stage` by `dvc repro --single-item` in the workspace `root`.
+
+    A workspace that will be removed leaves its log and report page below `kept`.
 
     Raises StageError with the stage's own message when it fails.
     """
@@ -68,7 +73,7 @@ def run_stage(root: Path, stage: str, params: Params, parent_run_id: str = "") -
         done = run_command(
             [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage],
             cwd=root,
-            env=stage_environment(params),
+            env=stage_environment(root, params),
             on_line=logger.info,
             log_file=layout.run_dir(stage) / "output.log",
             time_limit=params.flow.stage_time_limit,
@@ -76,20 +81,23 @@ def run_stage(root: Path, stage: str, params: Params, parent_run_id: str = "") -
         )
     finally:
         tracking.finish()
+        if kept is not None:
+            worktrees.keep_stage(layout, Layout(kept), stage)
     if done.timed_out or done.returncode != 0:
         raise stage_error(stage, done, layout, params)
     progress.finish()
     cached = "didn't change, skipping" in done.tail or "is cached" in done.tail
     result = StageResult(stage, cached, _read(layout.metrics(stage)))
-    show(result, layout)
+    show(result, layout if kept is None else Layout(kept))
     return result
 
 
-def stage_environment(params: Params) -> dict[str, str]:
-    """This process's environment with telemetry off, the hub off unless named, tracking left to us, and our
-    programs first on PATH."""
+def stage_environment(root: Path, params: Params) -> dict[str, str]:
+    """This process's environment with telemetry off, the hub off unless named, tracking left to us, our
+    programs first on PATH, and the code of `root`."""
     bin_dir = str(Path(sys.executable).parent)
     env = {**QUIET, **os.environ, "PATH": f"{bin_dir}{os.pathsep}{os.environ.get('PATH', '')}"}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
     sources = (*params.data.demonstrations, *params.data.preferences, *params.data.prompts)
     if params.model.source != "hub" and not any(source.startswith("hub:") for source in sources):
         env["HF_HUB_OFFLINE"] = "1"
@@ -167,6 +175,8 @@ def show(result: StageResult, layout: Layout) -> None:
     for path in sorted(layout.run_dir(result.stage).glob("*.table.json")):
         key = f"{result.stage}-{path.name.removesuffix('.table.json').replace('_', '-')}"
         create_table_artifact(_read_list(path), key=key, description=f"Rows shown by {result.stage}")
+    log = layout.run_dir(result.stage) / "output.log"
+    create_link_artifact(log.resolve().as_uri(), link_text="the whole log", key=f"{result.stage}-log")
     report = {"validate": layout.validation / "index.html", "evaluate": layout.evaluation / "report.html"}
     if (page := report.get(result.stage)) and page.is_file():
         create_link_artifact(

@@ -30,15 +30,19 @@ def check_workspace(root: Path) -> None:
     """Raises InputError when DVC could not work here."""
     if not (root / "dvc.yaml").is_file():
         raise InputError(f"{root}: no dvc.yaml here; run this in the directory of the project")
-    inside = subprocess.run(["git", "rev-parse", "--git-dir"], cwd=root, capture_output=True, check=False)
     no_scm = (root / ".dvc" / "config").is_file() and "no_scm = true" in (
         root / ".dvc" / "config"
     ).read_text().lower()
-    if inside.returncode != 0 and not no_scm:
+    if not has_git(root) and not no_scm:
         raise InputError(
             f"{root}: not in a git repository, and DVC keeps its versions in git; clone the project with "
             "git, or run `git init && git add -A && git commit -m start` here"
         )
+
+
+def has_git(root: Path) -> bool:
+    inside = subprocess.run(["git", "rev-parse", "--git-dir"], cwd=root, capture_output=True, check=False)
+    return inside.returncode == 0
 
 
 @contextlib.contextmanager

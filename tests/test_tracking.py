@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -180,3 +183,22 @@ def test_metrics_file_holds_six_digits_and_no_nan():
 def test_history_leaves_cells_empty_that_a_step_did_not_log():
     rows = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25, "eval/loss": 1.0}]
     assert history_csv(rows) == "step,eval/loss,loss\n1,,0.5\n2,1.0,0.25\n"
+
+
+def test_runs_that_are_the_first_at_once_make_one_store(tmp_path, root):
+    """Each in a worktree of its own, as flows that start together; the store is the checkout's."""
+    code = (
+        "import sys; from pathlib import Path; "
+        "from rlhf_core.mlflow_writer import open_client, experiment_id; root = Path(sys.argv[1]); "
+        "print(experiment_id(open_client(root), root))"
+    )
+    places = [tmp_path / ".rlhf" / "worktrees" / name for name in "abc"]
+    env = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"} | {"PYTHONPATH": str(root)}
+    processes = []
+    for place in places:
+        place.mkdir(parents=True)
+        command = [sys.executable, "-c", code, str(place)]
+        processes.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True))
+    assert {process.communicate(timeout=120)[0].strip() for process in processes} == {"1"}
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert (tmp_path / "mlflow.db").is_file()

@@ -13,6 +13,7 @@ import urllib.request
 
 import pytest
 
+from tasks import gpus
 from tasks.network import free_port
 
 from .checkouts import processes_below, run, start, wait_for
@@ -57,7 +58,10 @@ def test_up_starts_everything_runs_the_deployment_and_stops_cleanly(finished, tm
         assert not any("anyOf" in field for field in fields.values())  # the form would show a type switcher
 
         (pool,) = post(f"{prefect}/api/work_pools/filter", {})
-        assert (pool["type"], pool["concurrency_limit"]) == ("process", 1)
+        assert pool["type"] == "process"
+        queues = post(f"{prefect}/api/work_pools/rlhf-process/queues/filter", {})
+        limits = {queue["name"]: queue["concurrency_limit"] for queue in queues}
+        assert (limits["cpu"], limits["gpu"]) == (2, max(1, len(gpus.visible())))
         (automation,) = post(f"{prefect}/api/automations/filter", {})
         assert automation["enabled"]
         wait_for(lambda: post(f"{prefect}/api/work_pools/rlhf-process/workers/filter", {}), 60)
@@ -67,7 +71,8 @@ def test_up_starts_everything_runs_the_deployment_and_stops_cleanly(finished, tm
         wait_for(lambda: json.loads(get(url))["state_type"] in states, 240)
         assert json.loads(get(url))["state_type"] == "COMPLETED"
         artifacts = post(f"{prefect}/api/artifacts/filter", {})
-        assert any("reports/evaluation" in str(artifact["data"]) for artifact in artifacts)
+        assert any("kept" in str(a["data"]) and "reports/evaluation" in str(a["data"]) for a in artifacts)
+        assert "finished" in run(["rlhf", "runs"], checkout).stdout
     finally:
         up.send_signal(signal.SIGINT)
         assert up.wait(60) == 0
@@ -95,7 +100,8 @@ def test_a_run_that_is_killed_with_its_worker_is_marked_and_its_retry_goes_on(fi
         def state():
             return json.loads(get(url))["state_type"]
 
-        wait_for((checkout / ".rlhf" / "runs" / "sft" / "progress.json").exists)
+        worktrees = checkout / ".rlhf" / "worktrees"
+        wait_for(lambda: list(worktrees.glob("*/.rlhf/runs/sft/progress.json")))
         assert state() == "RUNNING"
         running = processes_below(checkout).items()
         victims = [pid for pid, name in running if "prefect worker" in name or "engine" in name]
@@ -110,6 +116,7 @@ def test_a_run_that_is_killed_with_its_worker_is_marked_and_its_retry_goes_on(fi
         post(f"{url}/set_state", retry)
         wait_for(lambda: state() in ("COMPLETED", "FAILED"), 400)
         assert state() == "COMPLETED"
+        assert list(worktrees.iterdir()) == []
     finally:
         up.send_signal(signal.SIGINT)
         assert up.wait(60) == 0
