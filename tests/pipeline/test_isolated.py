@@ -74,6 +74,12 @@ def test_two_runs_at_once_have_a_place_each_and_a_third_takes_over(home, tmp_pat
     assert not was_computed(home, new, "ppo")
     assert outputs(home, new) == first
 
+    again = run(["rlhf", "runs", "reproduce", new], home, timeout=600)
+    assert again.returncode == 0, again.stdout[-2000:] + again.stderr[-2000:]
+    assert f"{len(first)} of {len(first)} outputs are identical" in again.stdout
+    listed = run(["rlhf", "runs"], home, COLUMNS="160").stdout
+    assert listed.count("finished") == 4
+
     # Everything that the branch names is on the remote: a clone elsewhere gets the policy from there.
     clone = tmp_path / "clone"
     run(["git", "clone", "-q", "-b", new, str(home), str(clone)], home)
