@@ -33,6 +33,7 @@ if "PREFECT_API_URL" not in os.environ:
     os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "ERROR")
 
 from prefect import flow, task
+from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
@@ -43,6 +44,7 @@ from rlhf_core.layout import Layout
 from rlhf_core.report import run_report
 from rlhf_core.stages import STAGES
 from tasks import gpus, registry, stages, workspace, worktrees
+from tasks.plan import Planned, plan, rows, summary
 from tasks.processes import end_orphans
 
 TEMPORARY_SERVER = "prefect.server.api.server:create_app"
@@ -88,8 +90,9 @@ def train(
     overrides: list[str] = [],  # noqa: B006 - None would need an Optional, for which the form shows a switcher
     revision: str = "",
     in_place: bool = False,
+    dry_run: bool = False,
 ) -> str:
-    """Train and register a policy. Returns the registered version.
+    """Train and register a policy. Returns the registered version, or what a dry run found.
 
     Args:
         profile: keep params.yaml as it is, or apply a profile first.
@@ -97,12 +100,15 @@ def train(
         revision: the branch, tag or commit to run; empty means the last commit, with params.yaml as it lies
             in the checkout.
         in_place: work in the checkout itself, one run at a time, rather than in a worktree of its own.
+        dry_run: only say which stages would run in the checkout, why, and about how long.
     """
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(name).addFilter(WithoutTraceback())
     home = Path.cwd().resolve()
     workspace.check_workspace(home)
     profile_name = "" if profile == "keep" else profile
+    if dry_run:
+        return show_plan(plan(home, profile_name, overrides))
     if in_place or not workspace.has_git(home):
         with workspace.exclusive(home):
             return run_stages(home, workspace.resolve_params(home, profile_name, overrides))
@@ -116,6 +122,14 @@ def train(
     push(place)
     worktrees.remove(place)
     return registered
+
+
+def show_plan(planned: list[Planned]) -> str:
+    """The plan as an artifact and a line of the log."""
+    said = summary(planned)
+    create_table_artifact(rows(planned), key="plan", description=said)
+    get_run_logger().info(said)
+    return said
 
 
 @contextlib.contextmanager

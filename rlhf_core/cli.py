@@ -129,6 +129,15 @@ def run(
     _become("flows.train", options)
 
 
+@app.command()
+def plan(profile: Profile = "", overrides: Overrides = None) -> None:
+    """Say which stages a run would compute, why, and about how long; nothing is changed."""
+    options = ["--profile", profile] if profile else []
+    for text in overrides or []:
+        options += ["-S", text]
+    _become("tasks.plan", options)
+
+
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
 )

@@ -23,6 +23,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from rlhf_core.config import flatten
 from rlhf_core.errors import InputError, RLHFError
 from rlhf_core.layout import Layout
 from tasks import worktrees
@@ -59,7 +60,7 @@ class Run:
 
     @cached_property
     def parameters(self) -> dict[str, Any]:
-        return dict(_leaves(yaml.safe_load(self._file("params.yaml") or "{}")))
+        return dict(flatten(yaml.safe_load(self._file("params.yaml") or "{}")))
 
     @cached_property
     def outputs(self) -> dict[str, str]:
@@ -188,14 +189,6 @@ def reproduce(run: Run, say: Callable[[str], None]) -> list[tuple[str, str, str]
     return [(path, str(before), str(after)) for path, before, after in found]
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def _short(value: object) -> str:
     if value is None:
         return "-"
@@ -232,7 +225,7 @@ def main() -> None:
             sys.exit(3 if different else 0)
         else:
             runs = all_runs(home)
-            here = dict(_leaves(yaml.safe_load(Layout(home).params.read_text(encoding="utf-8"))))
+            here = dict(flatten(yaml.safe_load(Layout(home).params.read_text(encoding="utf-8"))))
             console.print(list_table(runs, here) if runs else "no runs yet; `rlhf run --isolated` makes one")
     except RLHFError as error:
         print(f"error: {error}", file=sys.stderr)

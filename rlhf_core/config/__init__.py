@@ -2,6 +2,7 @@
 
 from rlhf_core.config.file import (
     change_params,
+    flatten,
     known_keys,
     load_params,
     parse_overrides,
@@ -44,6 +45,7 @@ __all__ = [
     "ScratchConfig",
     "ValidateConfig",
     "change_params",
+    "flatten",
     "known_keys",
     "load_params",
     "parse_overrides",

@@ -113,13 +113,14 @@ def profile_values(name: str, root: Path) -> dict[str, Any]:
     if not path.is_file():
         names = ", ".join(sorted(p.stem for p in directory.glob("*.yaml"))) or "none"
         raise InputError(f"profile {name!r}: no such profile in {directory}; there are: {names}")
-    return dict(_flatten(read_yaml(path)))
+    return dict(flatten(read_yaml(path)))
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of every leaf."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

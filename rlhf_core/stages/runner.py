@@ -16,7 +16,7 @@ from typing import Any
 
 from rlhf_core import ranks
 from rlhf_core.atomic import write_text
-from rlhf_core.config import Params
+from rlhf_core.config import Params, flatten
 from rlhf_core.errors import RLHFError
 from rlhf_core.layout import Layout
 from rlhf_core.mlflow_writer import SWITCH_VARIABLE, MlflowWriter
@@ -92,16 +92,8 @@ def stage_params(stage: str, params: Params) -> dict[str, Any]:
     return {
         key: value
         for name, part in tree.items()
-        for key, value in _flatten(part.model_dump(), f"{name.rstrip('_')}.")
+        for key, value in flatten(part.model_dump(), f"{name.rstrip('_')}.")
     }
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def round_metrics(metrics: Mapping[str, float]) -> dict[str, float | int | None]:

@@ -73,6 +73,13 @@ def test_up_starts_everything_runs_the_deployment_and_stops_cleanly(finished, tm
         artifacts = post(f"{prefect}/api/artifacts/filter", {})
         assert any("kept" in str(a["data"]) and "reports/evaluation" in str(a["data"]) for a in artifacts)
         assert "finished" in run(["rlhf", "runs"], checkout).stdout
+
+        wished = {"parameters": {"dry_run": True, "overrides": ["ppo.gamma=0.5"]}}
+        dry = post(f"{prefect}/api/deployments/{found['id']}/create_flow_run", wished)
+        wait_for(lambda: json.loads(get(f"{prefect}/api/flow_runs/{dry['id']}"))["state_type"] in states, 90)
+        (planned,) = (a for a in post(f"{prefect}/api/artifacts/filter", {}) if a["key"] == "plan")
+        assert " of 9 stages would run, about " in planned["description"]
+        assert "ppo.gamma was 1.0, is 0.5" in planned["data"]
     finally:
         up.send_signal(signal.SIGINT)
         assert up.wait(60) == 0
