@@ -145,7 +145,12 @@ def gpus_for(params: Params) -> Iterator[None]:
 def run_stages(root: Path, params: Params, place: worktrees.RunPlace | None = None) -> str:
     """All stages in the workspace `root`, then the registry. Returns the registered version."""
     name = place.branch if place else "train"
-    with registry.parent_run(root, params, name) as parent:
+    origin = {"prefect.flow_run": str(flow_run.id)}
+    if "PREFECT_API_URL" in os.environ:  # else the server goes with this process
+        origin["prefect.url"] = str(flow_run.ui_url)
+    if place:
+        origin |= {"rlhf.branch": place.branch}
+    with registry.parent_run(root, params, name, origin) as parent:
         stages.show_links(root, parent.uri, parent.run_id, parent.experiment)
         if place:
             worktrees.note(place, mlflow_run=parent.run_id)

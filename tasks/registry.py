@@ -7,9 +7,9 @@ import hashlib
 import json
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +31,24 @@ class ParentRun:
     run_id: str
     experiment: str
     uri: str
+    origin: Mapping[str, str] = field(default_factory=dict)  # tags that say what started it
 
 
 @contextmanager
-def parent_run(root: Path, params: Params, name: str) -> Iterator[ParentRun]:
-    """Open the run of a flow; it ends FINISHED, FAILED or KILLED as the block does."""
+def parent_run(root: Path, params: Params, name: str, origin: Mapping[str, str]) -> Iterator[ParentRun]:
+    """Open the run of a flow; it ends FINISHED, FAILED or KILLED as the block does.
+
+    `origin` becomes tags of the run, and of the version that is registered at its end.
+    """
     client = open_client(root)
     experiment = experiment_id(client, root)
-    run = client.create_run(experiment, run_name=name, tags=lineage(root))
+    run = client.create_run(experiment, run_name=name, tags=lineage(root) | dict(origin))
     run_id = run.info.run_id
     client.log_artifact(run_id, str(Layout(root).params))
     client.log_dict(run_id, params.model_dump(mode="json", by_alias=True), "params.json")
     status = "FINISHED"
     try:
-        yield ParentRun(run_id, experiment, tracking_uri(root))
+        yield ParentRun(run_id, experiment, tracking_uri(root), origin)
     except BaseException as error:
         status = "FAILED" if isinstance(error, Exception) else "KILLED"
         raise
@@ -84,7 +88,7 @@ def register_policy(root: Path, params: Params, parent: ParentRun) -> str:
 
     name = params.flow.registered_model
     client = open_client(root)
-    tags = lineage(root) | evaluation_tags(root) | {"mlflow.parent_run": parent.run_id}
+    tags = lineage(root) | evaluation_tags(root) | dict(parent.origin) | {"mlflow.parent_run": parent.run_id}
     version = _registered(client, name, tags)
     if version is None:
         mlflow.set_tracking_uri(parent.uri)

@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 
 import pytest
+from mlflow import MlflowClient
 
 from tasks import gpus
 from tasks.network import free_port
@@ -73,6 +74,12 @@ def test_up_starts_everything_runs_the_deployment_and_stops_cleanly(finished, tm
         artifacts = post(f"{prefect}/api/artifacts/filter", {})
         assert any("kept" in str(a["data"]) and "reports/evaluation" in str(a["data"]) for a in artifacts)
         assert "finished" in run(["rlhf", "runs"], checkout).stdout
+        client = MlflowClient(mlflow)
+        tags = client.get_model_version_by_alias("rlhf-policy", "candidate").tags
+        assert tags["prefect.flow_run"] == flow_run["id"]
+        assert tags["prefect.url"].startswith(prefect)
+        branch = f"{tags['rlhf.branch']}:dvc.lock"
+        assert "models/policy" in run(["git", "show", branch], checkout).stdout
 
         wished = {"parameters": {"dry_run": True, "overrides": ["ppo.gamma=0.5"]}}
         dry = post(f"{prefect}/api/deployments/{found['id']}/create_flow_run", wished)
