@@ -88,7 +88,7 @@ def test_broken_formula_fails_a_test(root, tmp_path, name):
     file, old, new = MUTATIONS[name]
     for part in ("rlhf_core", "tests/rl", "tests/modeling"):
         shutil.copytree(root / part, tmp_path / part)
-    for part in ("tests/conftest.py", "params.yaml", "pyproject.toml"):
+    for part in ("tests/conftest.py", "tests/two_processes.py", "params.yaml", "pyproject.toml"):
         shutil.copy(root / part, tmp_path / part)
     source = tmp_path / "rlhf_core" / file
     text = source.read_text()
