@@ -80,8 +80,11 @@ def register(root: Path, parent: registry.ParentRun) -> str:
 
 @task(cache_policy=NO_CACHE, name="push", retries=3, retry_delay_seconds=[10, 60, 300])
 def push(place: worktrees.RunPlace) -> None:
-    """Send the run's data and models to the DVC remote."""
-    worktrees.push(place)
+    """Send the run's data and models to the DVC remote, where there is one."""
+    if not worktrees.push(place):
+        get_run_logger().warning(
+            "no DVC remote is set; data and models are in the cache of this machine only"
+        )
 
 
 @flow(name="train")
@@ -115,8 +118,7 @@ def train(
     run_id = worktrees.run_id_of(home, str(flow_run.id))
     with worktrees.run_place(home, run_id, revision) as place:
         params = workspace.resolve_params(place.root, profile_name, overrides)
-        worktrees.check_sources(place, params)
-        worktrees.fetch_tracked_data(place)
+        worktrees.bring_data(place, params)
         with gpus_for(params):
             registered = run_stages(place.root, params, place)
     push(place)
@@ -172,7 +174,7 @@ def main() -> None:
     try:
         # Checked here too, so that a mistake is one line and not a failed flow.
         workspace.check_workspace(root)
-        if options.isolated:
+        if options.isolated or options.revision:
             profile = options.profile or "keep"
             state = train(
                 profile=profile, overrides=options.overrides, revision=options.revision, return_state=True

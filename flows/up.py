@@ -154,7 +154,7 @@ def main() -> None:
 
 def ready_text(prefect_port: int, mlflow_port: int, root: Path) -> str:
     return (
-        f"Prefect   http://{HOST}:{prefect_port}    Deployments > train > Run starts a run in {root}\n"
+        f"Prefect   http://{HOST}:{prefect_port}    Deployments > train > Run runs {root} in a worktree\n"
         f"MLflow    http://{HOST}:{mlflow_port}\n"
         f"from a shell:  PREFECT_API_URL=http://{HOST}:{prefect_port}/api "
         "prefect deployment run train/train\n"

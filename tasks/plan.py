@@ -20,7 +20,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from rlhf_core.config import flatten, parse_overrides, parse_params, profile_values, read_yaml
+from rlhf_core.config import flatten, parse_overrides, parse_params, profile_values, put, read_yaml
 from rlhf_core.errors import RLHFError
 from rlhf_core.layout import Layout
 from rlhf_core.stages import STAGES
@@ -69,8 +69,10 @@ def plan(root: Path, profile: str, overrides: Sequence[str]) -> list[Planned]:
             continue
         found.reasons += _changed_params(stages[name].get("params", []), locked[name], wished)
         found.reasons += _changed_files(status.get(name, []))
-        upstream = {made_by[dep] for dep in stages[name].get("deps", []) if dep in made_by}
-        found.reasons += [f"{other} runs before it" for other in upstream if planned[other].runs]
+        upstream = {made_by.get(dep) for dep in stages[name].get("deps", [])}
+        found.reasons += [
+            f"{o.stage} runs before it" for o in planned.values() if o.runs and o.stage in upstream
+        ]
     return list(planned.values())
 
 
@@ -78,12 +80,7 @@ def wished_params(layout: Layout, profile: str, overrides: Sequence[str]) -> dic
     """params.yaml with the profile and the overrides put in, checked; the file stays as it is."""
     tree = read_yaml(layout.params)
     values = profile_values(profile, layout.root) if profile else {}
-    for key, value in (values | parse_overrides(overrides)).items():
-        *parents, leaf = key.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
+    put(tree, values | parse_overrides(overrides))
     parse_params(tree, str(layout.params))
     return tree
 

@@ -23,7 +23,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from rlhf_core.config import flatten
+from rlhf_core.config import flatten, load_params
 from rlhf_core.errors import InputError, RLHFError
 from rlhf_core.layout import Layout
 from tasks import worktrees
@@ -174,10 +174,9 @@ def reproduce(run: Run, say: Callable[[str], None]) -> list[tuple[str, str, str]
         raise InputError(f"run {run.run_id}: its branch has no outputs to compare with ({run.state})")
     name = f"repeat-{run.run_id}"
     with worktrees.run_place(run.home, name, worktrees.BRANCHES + run.run_id) as place:
-        worktrees.fetch_tracked_data(place)
-        from rlhf_core.config import load_params
-
-        env = stage_environment(place.root, load_params(Layout(place.root).params))
+        params = load_params(Layout(place.root).params)
+        worktrees.bring_data(place, params)
+        env = stage_environment(place.root, params)
         env["RLHF_TRACKING"] = "off"
         say(f"repeating {run.run_id} in {place.root}")
         command = [sys.executable, "-m", "dvc", "repro", "--force", "--no-run-cache"]

@@ -13,7 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,7 +28,8 @@ from tasks.workspace import exclusive
 BRANCHES = "runs/"
 # What a branch keeps of a run. Everything else is in the DVC cache, by the hashes of dvc.lock.
 RECORDED = ("params.yaml", "dvc.lock", "reports")
-WHO = {"NAME": "rlhf pipeline", "EMAIL": "rlhf@localhost"}
+# Who commits where git knows nobody.
+NOBODY = ("-c", "user.name=rlhf pipeline", "-c", "user.email=rlhf@localhost")
 
 
 class GitError(RLHFError):
@@ -135,8 +136,14 @@ def share_cache(place: RunPlace) -> None:
                 here.setdefault("remote", {}).setdefault(name, {})["url"] = str(remote["url"])
 
 
-def check_sources(place: RunPlace, params: Params) -> None:
-    """Raises InputError for a data file that lies in the checkout but is not part of the revision."""
+def bring_data(place: RunPlace, params: Params) -> None:
+    """Bring what was put under DVC by `dvc add` into the worktree, from the cache or the remote.
+
+    Raises DataError when neither holds it, and InputError for a source that lies in the checkout but is no
+    part of the revision.
+    """
+    if tracked := git(place.root, "ls-files", "*.dvc").splitlines():
+        dvc(place.root, "pull", *tracked)
     for key in ("demonstrations", "preferences", "prompts"):
         for source in getattr(params.data, key):
             path = Path(source)
@@ -148,31 +155,23 @@ def check_sources(place: RunPlace, params: Params) -> None:
                 )
 
 
-def fetch_tracked_data(place: RunPlace) -> None:
-    """Bring what was put under DVC by `dvc add` into the worktree, from the cache or the remote.
+def push(place: RunPlace) -> bool:
+    """Send what the run made, and how DVC finds it again, to the remote; False when none is set.
 
-    Raises DataError when neither holds it.
+    Raises DataError when that fails.
     """
-    tracked = [name for name in git(place.root, "ls-files", "*.dvc").splitlines() if name]
-    if tracked:
-        dvc(place.root, "pull", *tracked)
-
-
-def push(place: RunPlace) -> None:
-    """Send what the run made, and how DVC finds it again, to the remote. Raises DataError when that fails."""
+    if not dvc(place.root, "remote", "list"):
+        return False
     dvc(place.root, "push", "-q", "--run-cache")
+    return True
 
 
 def record(place: RunPlace, message: str) -> None:
     """Commit parameters, lock file and reports on the run's branch."""
     present = [name for name in RECORDED if (place.root / name).exists()]
     git(place.root, "add", "--", *present)
-    identity = [] if git(place.root, "config", "--default", "", "user.email") else _identity()
+    identity = () if git(place.root, "config", "--default", "", "user.email") else NOBODY
     git(place.root, *identity, "commit", "-q", "--no-verify", "--allow-empty", "-m", message)
-
-
-def _identity() -> list[str]:
-    return [option for key, value in WHO.items() for option in ("-c", f"user.{key.lower()}={value}")]
 
 
 def keep_stage(source: Layout, target: Layout, stage: str) -> None:
@@ -221,12 +220,8 @@ def git(where: Path, *arguments: str) -> str:
     """The output of a git command, without the line break at its end. Raises GitError with git's words."""
     done = subprocess.run(["git", *arguments], cwd=where, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise GitError(f"git {' '.join(_shown(arguments))}: {done.stderr.strip() or done.returncode}")
+        raise GitError(f"git {' '.join(arguments[:6])}: {done.stderr.strip() or done.returncode}")
     return done.stdout.strip()
-
-
-def _shown(arguments: Sequence[str]) -> Sequence[str]:
-    return arguments if len(arguments) < 8 else [*arguments[:8], "..."]
 
 
 def _now() -> str:

@@ -8,6 +8,7 @@ from rlhf_core.config.file import (
     parse_overrides,
     parse_params,
     profile_values,
+    put,
     read_yaml,
 )
 from rlhf_core.config.sections import (
@@ -51,5 +52,6 @@ __all__ = [
     "parse_overrides",
     "parse_params",
     "profile_values",
+    "put",
     "read_yaml",
 ]

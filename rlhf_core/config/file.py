@@ -141,14 +141,7 @@ def change_params(path: Path, values: Mapping[str, Any]) -> Params:
     editor.preserve_quotes = True
     editor.width = 200
     tree = editor.load(path.read_text(encoding="utf-8"))
-    for key, value in values.items():
-        *parents, leaf = key.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        if isinstance(value, (list, tuple)):
-            value = _flow_list(value)
-        node[leaf] = value
+    put(tree, {k: _flow_list(v) if isinstance(v, (list, tuple)) else v for k, v in values.items()})
     buffer = io.StringIO()
     editor.dump(tree, buffer)
     text = buffer.getvalue()
@@ -158,6 +151,16 @@ def change_params(path: Path, values: Mapping[str, Any]) -> Params:
     if text != path.read_text(encoding="utf-8"):
         write_text(path, text)
     return params
+
+
+def put(tree: dict[str, Any], values: Mapping[str, Any]) -> None:
+    """Set dotted keys in a tree of sections, in place."""
+    for key, value in values.items():
+        *parents, leaf = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
 
 
 def _flow_list(values: Sequence[Any]) -> Any:

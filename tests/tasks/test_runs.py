@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 
@@ -49,7 +50,7 @@ def home(tmp_path_factory):
 
 
 def text_of(*shown):
-    console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115 - closed with the test
+    console = Console(width=140, record=True, file=io.StringIO())
     console.print(*shown)
     return console.export_text()
 

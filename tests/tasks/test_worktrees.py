@@ -113,7 +113,7 @@ def test_cache_and_remotes_are_those_of_the_checkout(home):
         assert "remote.near.jobs=3" in listed
         (place.root / "big").write_text("data")
         worktrees.dvc(place.root, "add", "-q", "big")
-        worktrees.push(place)
+        assert worktrees.push(place)
     assert list((home.parent / "remote").rglob("*")) != []
     assert worktrees.git(place.root, "status", "--porcelain", ".dvc") == ""
 
@@ -140,8 +140,19 @@ def test_data_that_the_run_could_not_see_is_named(home, root):
     (home / "mine.jsonl").write_text("{}")
     params = load_params(root / "params.yaml")
     params = params.model_copy(update={"data": params.data.model_copy(update={"prompts": ("mine.jsonl",)})})
+    wanted = pytest.raises(InputError, match=r"data.prompts: mine.jsonl is in .*`dvc add mine.jsonl`")
+    with worktrees.run_place(home, "r1", "") as place, wanted:
+        worktrees.bring_data(place, params)
+    command(home, sys.executable, "-m", "dvc", "add", "-q", "mine.jsonl")
+    command(home, "git", "add", "-A")
+    command(home, "git", *worktrees.NOBODY, "commit", "-q", "-m", "data")
+    with worktrees.run_place(home, "r2", "") as place:
+        worktrees.bring_data(place, params)
+        assert (place.root / "mine.jsonl").read_text() == "{}"
+
+
+def test_without_a_remote_nothing_is_sent(home):
+    command(home, sys.executable, "-m", "dvc", "remote", "remove", "near")
+    command(home, "git", *worktrees.NOBODY, "commit", "-q", "-a", "-m", "no remote")
     with worktrees.run_place(home, "r1", "") as place:
-        with pytest.raises(InputError, match=r"data.prompts: mine.jsonl is in .*`dvc add mine.jsonl`"):
-            worktrees.check_sources(place, params)
-        (place.root / "mine.jsonl").write_text("{}")
-        worktrees.check_sources(place, params)
+        assert not worktrees.push(place)
