@@ -33,7 +33,10 @@ def make_optimizer(
         return ZeroAdamW(parameters, learning_rate, eps=eps)
     # Sharded parameters and whole ones cannot be in one fused step.
     foreach = False if ranks.shard_weights() else None
-    return torch.optim.AdamW(parameters, lr=learning_rate, eps=eps, weight_decay=0.0, foreach=foreach)
+    fused = True if foreach is None and parameters[0].device.type == "cpu" else None
+    return torch.optim.AdamW(
+        parameters, lr=learning_rate, eps=eps, weight_decay=0.0, foreach=foreach, fused=fused
+    )
 
 
 def step_if_finite(optimizer: Optimizer, max_grad_norm: float) -> tuple[float, bool]:
@@ -51,6 +54,8 @@ def step_if_finite(optimizer: Optimizer, max_grad_norm: float) -> tuple[float, b
     finite = math.isfinite(norm)
     if finite:
         optimizer.step()
+        # The fused kernel does not count its writes, by which copies of the weights know that they are old.
+        torch.autograd.graph.increment_version(parameters)
     optimizer.zero_grad(set_to_none=True)
     return norm, finite
 
