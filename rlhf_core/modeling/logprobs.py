@@ -4,7 +4,7 @@ V)."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from rlhf_core.modeling.trunk import last_hidden
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+CHUNK = 2**19  # logits in float32 at once
 
 
 def response_hidden(hidden: Tensor, batch: TokenBatch) -> Tensor:
@@ -32,13 +34,50 @@ def token_logprobs(
     logits (N, V) of any type, tokens (N,); returns (N,) and (N,) in float32, the entropy without gradient
     unless `entropy_gradient` asks for it.
     """
+    if not entropy_gradient:
+        return _TokenLogprobs.apply(logits, tokens, temperature)
     scaled = logits.float() / temperature
     log_norm = torch.logsumexp(scaled, dim=-1)
     logprobs = scaled.gather(-1, tokens[:, None]).squeeze(-1) - log_norm
-    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-        probs = torch.exp(scaled - log_norm[:, None])
-        entropy = log_norm - (probs * scaled).sum(-1)
-    return logprobs, entropy
+    probs = torch.exp(scaled - log_norm[:, None])
+    return logprobs, log_norm - (probs * scaled).sum(-1)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """Some rows at a time: what stands between logits and result in float32 stays in the processor's cache,
+    and only the logits themselves are kept for the backward pass, in their own type."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        logprobs, entropy, log_norm = torch.empty(3, len(tokens), device=logits.device)
+        for rows in _slices(logits):
+            scaled = logits[rows].float() / temperature
+            norm = log_norm[rows] = torch.logsumexp(scaled, dim=-1)
+            logprobs[rows] = scaled.gather(-1, tokens[rows, None]).squeeze(-1) - norm
+            probs = torch.exp(scaled - norm[:, None])
+            entropy[rows] = norm - torch.linalg.vecdot(probs, scaled)
+        ctx.save_for_backward(logits, tokens, log_norm)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        """d log p(token) / d logits = (1 of the token - p) / temperature."""
+        logits, tokens, log_norm = ctx.saved_tensors
+        found = torch.empty_like(logits)
+        for rows in _slices(logits):
+            scaled = logits[rows].float() / ctx.temperature
+            share = grad[rows, None] / ctx.temperature
+            probs = scaled.sub_(log_norm[rows, None]).exp_().mul_(-share)
+            found[rows] = probs.scatter_add_(-1, tokens[rows, None], share)
+        return found, None, None
+
+
+def _slices(logits: Tensor) -> list[slice]:
+    """Rows that together hold about `CHUNK` logits."""
+    step = max(1, CHUNK // logits.shape[-1]) if logits.device.type == "cpu" else max(1, len(logits))
+    return [slice(start, start + step) for start in range(0, len(logits), step)]
 
 
 def scatter_to_mask(values: Tensor, mask: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from rlhf_core.errors import InputError
 from rlhf_core.layout import Layout
 from rlhf_core.modeling.encoding import encode_prompt, encode_response, encode_turns, make_batch
 from rlhf_core.modeling.loading import read_provenance, write_provenance
-from rlhf_core.modeling.logprobs import response_hidden
+from rlhf_core.modeling.logprobs import response_hidden, token_logprobs
 from rlhf_core.modeling.roles import Roles, open_roles
 from rlhf_core.tracking import Tracker
 from rlhf_core.training import Schedule, Task, in_micro_batches, train
@@ -81,9 +81,9 @@ class CompletionTask(Task):
         )
         learnt = torch.tensor([target for row in rows for target in row.targets], device=self.roles.device)
         hidden = response_hidden(self.roles.hidden(ROLE, *batch.inputs), batch)[learnt]
-        logits = self.roles.logits(ROLE, hidden).float()  # (N, V), N target tokens
+        logits = self.roles.logits(ROLE, hidden)  # (N, V), N target tokens
         targets = batch.responses[batch.response_mask][learnt]
-        loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+        loss = -token_logprobs(logits, targets, temperature=1.0)[0].sum()
         return loss, {"train/token_accuracy": (logits.argmax(-1) == targets).sum()}
 
     def describe(self, row: Example) -> dict[str, str]:

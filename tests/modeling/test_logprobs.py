@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from rlhf_core.config import RunConfig
+from rlhf_core.modeling import logprobs as logprobs_module
 from rlhf_core.modeling.encoding import make_batch
 from rlhf_core.modeling.loading import load_policy
 from rlhf_core.modeling.logprobs import response_hidden, response_logprobs, scatter_to_mask, token_logprobs
@@ -49,6 +50,29 @@ def test_entropy_of_a_uniform_distribution_is_log_v():
     logprobs, entropy = token_logprobs(torch.zeros(2, 8), torch.tensor([0, 7]), temperature=0.7)
     torch.testing.assert_close(entropy, torch.full((2,), 8.0).log())
     torch.testing.assert_close(logprobs, -torch.full((2,), 8.0).log())
+
+
+def plain_logprobs(logits, tokens, temperature):
+    return torch.log_softmax(logits.float() / temperature, dim=-1).gather(-1, tokens[:, None]).squeeze(-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("chunk", [1, 40, 2**19])  # logits: one row at a time, two, all
+def test_logprobs_in_pieces_have_the_gradient_of_the_plain_definition(dtype, temperature, chunk, monkeypatch):
+    monkeypatch.setattr(logprobs_module, "CHUNK", chunk)
+    torch.manual_seed(0)
+    before = (3 * torch.randn(7, 20)).to(dtype)
+    before[0, 3] = 40.0  # nearly sure: 1 - p must not be lost
+    tokens, weights = torch.tensor([3, 0, 19, 4, 4, 4, 7]), torch.randn(7)
+    found, expected = before.clone().requires_grad_(), before.clone().requires_grad_()
+    logprobs, _ = token_logprobs(found, tokens, temperature)
+    plain = plain_logprobs(expected, tokens, temperature)
+    torch.testing.assert_close(logprobs, plain)
+    (weights * logprobs).sum().backward()
+    (weights * plain).sum().backward()
+    torch.testing.assert_close(found.grad, expected.grad)
+    assert torch.equal(found.detach(), before)
 
 
 def test_scatter_to_mask_puts_values_in_row_order():
