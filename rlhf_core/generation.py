@@ -1,24 +1,30 @@
 """Making text: one decoding loop for rollouts, AI feedback, evaluation, chat and serving.
 
 Every sample draws from its own row of one table of random numbers, so that the same seed gives the same
-texts whatever the batch size (up to rounding). The samples of one prompt share its prefill, and finished
-sequences leave the batch. Beam search, penalties and speculative decoding are left out.
+texts whatever the batch size (up to rounding). The samples of one prompt share its prefill; answers that
+ended make room for the next prompts. Beam search, penalties and speculative decoding are left out.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_core.config import SamplingConfig
 from rlhf_core.modeling.encoding import encode_prompt
+from rlhf_core.modeling.running import open_rows
 
 if TYPE_CHECKING:
-    from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PART = 8  # one in so many slots has to be free before others are given them
+PIECE = 256  # tokens of the vocabulary that are searched together
+Drawn: TypeAlias = tuple[int, float]  # a token and its log-probability
 
 
 @dataclass(frozen=True)
@@ -52,10 +58,18 @@ def draw(logits: Tensor, uniforms: Tensor, sampling: SamplingConfig) -> tuple[Te
     logits (B, V), uniforms (B,) in [0, 1) -> (B,) int64 and (B,) float32.
     """
     probs = filter_logits(logits, sampling).softmax(dim=-1)
-    cumulative = probs.double().cumsum(dim=-1)
+    # Two steps, since the running sum of a whole vocabulary takes longer than all the rest here: first the
+    # piece in which the token stands, then the token in it.
+    pieces = nn.functional.pad(probs, (0, -probs.shape[-1] % PIECE)).unflatten(-1, (-1, PIECE))
+    ends = pieces.sum(dim=-1).double().cumsum(dim=-1)
     # Scaled by the total, since a sum of rounded probabilities is not exactly 1.
-    threshold = uniforms.double()[:, None] * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, threshold, right=True).clamp(max=logits.shape[-1] - 1)
+    threshold = uniforms.double()[:, None] * ends[:, -1:]
+    piece = torch.searchsorted(ends, threshold, right=True)
+    before = nn.functional.pad(ends, (1, 0)).gather(-1, piece)
+    inside = pieces.gather(1, piece[..., None].expand(-1, -1, PIECE)).squeeze(1).double().cumsum(dim=-1)
+    # Rounding must not lead beyond the last likely token of the piece.
+    rest = torch.minimum(threshold - before, inside[:, -1:] * (1.0 - 1e-9))
+    tokens = piece * PIECE + torch.searchsorted(inside, rest, right=True)
     return tokens.squeeze(-1), probs.gather(-1, tokens).squeeze(-1).log()
 
 
@@ -82,15 +96,15 @@ def generate(
     order = sorted(wanted, key=lambda i: len(prompts[i]))
     per_batch = max(1, batch_size // samples_per_prompt)
     results: dict[int, list[Generation]] = {}
-    for start in range(0, len(order), per_batch):
-        rows = order[start : start + per_batch]
-        uniforms = torch.cat([table[i * samples_per_prompt : (i + 1) * samples_per_prompt] for i in rows])
-        drawn = _decode(model, [prompts[i] for i in rows], samples_per_prompt, uniforms, sampling, tokenizer)
-        for j, i in enumerate(rows):
-            mine = drawn[j * samples_per_prompt : (j + 1) * samples_per_prompt]
-            results[i] = [_finish(tokenizer, tokens) for tokens in mine]
-        if on_progress:
-            on_progress(len(results), len(order))
+    ended: dict[int, dict[int, Generation]] = {}  # by prompt and row of the table
+    desk = _Desk(model, tokenizer, prompts, order, samples_per_prompt, per_batch, sampling) if order else None
+    for answer in desk.write(table) if desk else ():
+        own = ended.setdefault(answer.prompt, {})
+        own[answer.row] = _finish(tokenizer, answer.drawn)
+        if len(own) == samples_per_prompt:
+            results[answer.prompt] = [own[row] for row in sorted(own)]
+            if on_progress:
+                on_progress(len(results), len(order))
     return [results[i] for i in wanted]
 
 
@@ -100,79 +114,101 @@ def _uniforms(rows: int, sampling: SamplingConfig) -> Tensor:
     return torch.rand(rows, sampling.max_new_tokens, generator=generator)
 
 
-def _finish(tokenizer: PreTrainedTokenizerBase, drawn: list[tuple[int, float]]) -> Generation:
+def _finish(tokenizer: PreTrainedTokenizerBase, drawn: list[Drawn]) -> Generation:
     ids = [token for token, _ in drawn]
     finished = bool(ids) and ids[-1] == tokenizer.eos_token_id
     text = tokenizer.decode(ids, skip_special_tokens=True).strip()
     return Generation(text, tuple(ids), finished, tuple(logprob for _, logprob in drawn))
 
 
-def _decode(
-    model: PreTrainedModel,
-    prompts: list[list[int]],
-    samples_per_prompt: int,
-    uniforms: Tensor,
-    sampling: SamplingConfig,
-    tokenizer: PreTrainedTokenizerBase,
-) -> list[list[tuple[int, float]]]:
-    """Tokens of len(prompts) * samples_per_prompt answers with log-probabilities, each cut after its EOS."""
-    device = model.device
-    uniforms = uniforms.to(device)
-    input_ids, mask = _left_pad(prompts, tokenizer.pad_token_id)
-    mask = mask.to(device)
-    logits, cache = _prefill(model, input_ids.to(device), mask)
-    if samples_per_prompt > 1:
-        cache.batch_repeat_interleave(samples_per_prompt)
-        logits = logits.repeat_interleave(samples_per_prompt, dim=0)
-        mask = mask.repeat_interleave(samples_per_prompt, dim=0)
+@dataclass
+class _Answer:
+    """One answer while it is written."""
 
-    answers: list[list[tuple[int, float]]] = [[] for _ in range(len(uniforms))]
-    live = torch.arange(len(uniforms), device=device)  # rows of `answers` that the batch still holds
-    for step in range(sampling.max_new_tokens):
-        tokens, logprobs = draw(logits, uniforms[live, step], sampling)
-        for row, *drawn in zip(live.tolist(), tokens.tolist(), logprobs.tolist(), strict=True):
-            answers[row].append((drawn[0], drawn[1]))
-        going = tokens != tokenizer.eos_token_id
-        if step == sampling.max_new_tokens - 1 or not bool(going.any()):
-            break
-        if not bool(going.all()):
-            keep = going.nonzero().squeeze(-1)
-            live, tokens, mask = live[keep], tokens[keep], mask[keep]
-            cache.batch_select_indices(keep)
-        mask = torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
-        positions = mask.sum(dim=1, keepdim=True) - 1
-        logits = _forward(model, tokens[:, None], mask, positions, cache)
-    return answers
+    prompt: int  # whose
+    row: int  # of the table of random numbers
+    drawn: list[Drawn] = field(default_factory=list)
 
 
-def _left_pad(prompts: list[list[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """input_ids (B, longest) and a mask of it, True on real tokens."""
-    longest = max(map(len, prompts))
-    rows = [[pad_token_id] * (longest - len(p)) + p for p in prompts]
-    mask = torch.arange(longest) >= torch.tensor([longest - len(p) for p in prompts])[:, None]
-    return torch.tensor(rows), mask
+class _Desk:
+    """Answers in work, each in a slot of `RunningRows`.
 
+    Slots whose answers ended are given to the next prompts, or left out of further steps; some of them at a
+    time, since both take time too.
+    """
 
-def _prefill(model: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> tuple[Tensor, DynamicCache]:
-    from transformers import DynamicCache
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[list[int]],
+        order: Sequence[int],
+        copies: int,
+        at_once: int,
+        sampling: SamplingConfig,
+    ) -> None:
+        longest = max(len(prompts[i]) for i in order) + sampling.max_new_tokens
+        slots = min(at_once, len(order)) * copies
+        self._rows = open_rows(model, slots, longest)
+        self._prompts, self._copies, self._sampling = prompts, copies, sampling
+        self._eos = tokenizer.eos_token_id
+        self._waiting = deque(order)
+        self._held: list[_Answer | None] = [None] * slots
+        self._logits = torch.empty(0)  # (slots, V)
 
-    cache = DynamicCache(config=model.config)
-    positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-    return _forward(model, input_ids, mask, positions, cache), cache
+    def write(self, table: Tensor) -> Iterator[_Answer]:
+        """Each answer as it ends; `table` (answers, max_new_tokens) holds the random numbers."""
+        while self._waiting or any(self._held):
+            self._fill()
+            following, ended = self._draw(table)
+            yield from ended
+            following = self._thin(following)
+            if any(self._held):
+                self._logits = self._rows.step(torch.tensor(following, device=self._logits.device))
 
+    def _fill(self) -> None:
+        """Let the next prompts in, where there is room for enough of them."""
+        slots, copies = len(self._held), self._copies
+        free = [slot for slot, answer in enumerate(self._held) if answer is None]
+        enough = max(copies, slots // PART) if self._rows.joins else slots
+        if not self._waiting or len(free) < enough:
+            return
+        taken = [self._waiting.popleft() for _ in range(min(len(self._waiting), len(free) // copies))]
+        new = [_Answer(i, i * copies + copy) for i in taken for copy in range(copies)]
+        used = free[: len(new)]
+        first = self._rows.enter(used, [self._prompts[i] for i in taken], copies)
+        if len(self._logits) != slots:
+            self._logits = first.new_empty(slots, first.shape[-1])
+        self._logits[used] = first
+        for slot, answer in zip(used, new, strict=True):
+            self._held[slot] = answer
 
-def _forward(
-    model: PreTrainedModel, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache
-) -> Tensor:
-    """Logits (B, V) after the last position."""
-    hidden = model.base_model(
-        input_ids=input_ids,
-        attention_mask=None if bool(mask.all()) else mask,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state
-    return model.get_output_embeddings()(hidden[:, -1])
+    def _draw(self, table: Tensor) -> tuple[list[int], list[_Answer]]:
+        """The next token of every answer: what to step each slot with, and the answers that it ends."""
+        running = [(slot, answer) for slot, answer in enumerate(self._held) if answer is not None]
+        own = self._logits[[slot for slot, _ in running]]
+        uniforms = table[[answer.row for _, answer in running], [len(answer.drawn) for _, answer in running]]
+        tokens, logprobs = draw(own, uniforms.to(own.device), self._sampling)
+        following = [0] * len(self._held)
+        ended = []
+        for (slot, answer), token, logprob in zip(running, tokens.tolist(), logprobs.tolist(), strict=True):
+            answer.drawn.append((token, logprob))
+            following[slot] = token
+            if token == self._eos or len(answer.drawn) == self._sampling.max_new_tokens:
+                self._held[slot] = None
+                ended.append((slot, answer))
+        self._rows.leave([slot for slot, _ in ended])
+        return following, [answer for _, answer in ended]
+
+    def _thin(self, following: list[int]) -> list[int]:
+        """Go on with fewer slots, when no prompt waits for the free ones; what to step those with."""
+        slots = len(self._held)
+        keep = [slot for slot, answer in enumerate(self._held) if answer is not None]
+        if self._waiting or len(keep) > slots - max(1, slots // PART):
+            return following
+        self._rows.keep(torch.tensor(keep, dtype=torch.int64, device=self._logits.device))
+        self._held = [self._held[slot] for slot in keep]
+        return [following[slot] for slot in keep]
 
 
 def stream(
@@ -182,11 +218,11 @@ def stream(
     sampling: SamplingConfig,
 ) -> Iterator[str]:
     """Yield one answer piece by piece; the same text that `generate` gives for the same seed."""
+    prompt = encode_prompt(tokenizer, messages)
+    uniforms = _uniforms(1, sampling)[0].to(model.device)
     with torch.inference_mode():
-        prompt = torch.tensor([encode_prompt(tokenizer, messages)], device=model.device)
-        uniforms = _uniforms(1, sampling)[0].to(model.device)
-        mask = torch.ones_like(prompt, dtype=torch.bool)
-        logits, cache = _prefill(model, prompt, mask)
+        rows = open_rows(model, 1, len(prompt) + sampling.max_new_tokens)
+        logits = rows.enter([0], [prompt], 1)
     ids: list[int] = []
     shown = ""
     for step in range(sampling.max_new_tokens):
@@ -202,5 +238,4 @@ def stream(
         if step == sampling.max_new_tokens - 1:
             break
         with torch.inference_mode():
-            mask = torch.cat([mask, mask.new_ones(1, 1)], dim=1)
-            logits = _forward(model, token[:, None], mask, mask.sum(dim=1, keepdim=True) - 1, cache)
+            logits = rows.step(token)

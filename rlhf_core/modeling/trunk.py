@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from rlhf_core.modeling import blocks
+from rlhf_core.modeling.blocks import SHORT_SEQUENCE
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-SHORT_SEQUENCE = 256
 
 
 def last_hidden(
@@ -28,12 +29,15 @@ def last_hidden(
 ) -> Tensor:
     """Last hidden states (S, T, D) of rows padded on the right; the inputs are those of `TokenBatch`.
 
-    On a CPU, short rows are attended to by plain matrix products: forward and backward of the whole model
-    take some 15 % less time than with the fused kernel. Long ones would need T x T scores in memory.
+    Llama-like models on a CPU are computed by `blocks`. Other models there attend to short rows by plain
+    matrix products: forward and backward of the whole take some 15 % less time than with the fused kernel.
+    Long ones would need T x T scores in memory.
 
     With `recompute_in` only the inputs of each block are kept for the backward pass, which computes the rest
     again (Chen et al. 2016) inside that context: the one that makes the model what it is now.
     """
+    if blocks.applies_to(model):
+        return blocks.last_hidden(model, input_ids, position_ids, visible, recompute=recompute_in is not None)
     eager = input_ids.device.type == "cpu" and input_ids.shape[1] <= SHORT_SEQUENCE
     mask = None if visible is None else visible[:, None]
     if mask is not None and eager:

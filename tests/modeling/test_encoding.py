@@ -4,11 +4,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_core.config import RunConfig
+from rlhf_core.modeling.blocks import SHORT_SEQUENCE
 from rlhf_core.modeling.encoding import SHARED_PROMPT, make_batch
 from rlhf_core.modeling.loading import load_policy
 from rlhf_core.modeling.logprobs import response_hidden
 from rlhf_core.modeling.reward import last_response_hidden
-from rlhf_core.modeling.trunk import SHORT_SEQUENCE, last_hidden
+from rlhf_core.modeling.trunk import last_hidden
 
 CPU = torch.device("cpu")
 TOKEN = st.integers(3, 60)

@@ -1,0 +1,473 @@
+"""The blocks of Llama-like models on a CPU, with as little as possible between their matrix products.
+
+The weights are those of a transformers model, and the numbers too, up to rounding. What differs: one product
+for query, key and value and one for gate and up; an adapter is added inside of the product, without a tensor
+of its own; keys are not repeated for the queries that share them; what the backward pass can compute again
+cheaply is not kept. Weights in float32 that compute in bfloat16 are cast once for each change, not each pass.
+
+On a GPU transformers' own blocks and kernels do better, and models of other shapes keep them everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from torch.utils.weak import WeakIdKeyDictionary
+
+from rlhf_core import ranks
+from rlhf_core.modeling.lora import LoRALinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SHAPES = ("llama", "mistral", "qwen2")
+STILL_ROTATIONS = ("default", "linear", "llama3", "yarn")  # those that do not change with the length
+SHORT_SEQUENCE = 256
+
+
+def computing_type(model: PreTrainedModel) -> torch.dtype:
+    """What matrix products are computed in: autocast's type inside of it, else that of the weights."""
+    kind = model.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+
+
+def applies_to(model: PreTrainedModel) -> bool:
+    """Whether the blocks of `model` are computed here."""
+    config = model.config
+    return (
+        model.device.type == "cpu"
+        and config.model_type in SHAPES
+        and getattr(config, "hidden_act", "") == "silu"
+        and getattr(config, "sliding_window", None) is None
+        and (config.rope_parameters or {}).get("rope_type") in STILL_ROTATIONS
+        and ranks.sharding() == "none"
+        and not model.training
+    )
+
+
+# Stacked copies of weights by the first of them: where the weights stood and how often they had been written.
+_copies: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def stacked(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The weights (or biases) one below the other in `dtype`.
+
+    Those of that type are moved to stand so in memory, once. Of others a copy is kept as long as they are
+    not written to; a write that goes round autograd's count of versions, as by `.data`, goes unseen.
+    """
+    first = weights[0]
+    if len(weights) == 1 and first.dtype == dtype:
+        return first.detach()
+    if all(weight.dtype == dtype for weight in weights):
+        return _moved(weights)
+    seen = [(weight.data_ptr(), weight._version) for weight in weights]
+    kept = _copies.get(first)
+    if kept is None or kept[0] != seen or kept[1].dtype != dtype:
+        with torch.inference_mode(False), torch.no_grad():
+            copy = (
+                torch.empty(sum(map(len, weights)), *first.shape[1:], dtype=dtype)
+                if kept is None
+                else kept[1]
+            )
+            torch.cat([weight.detach().to(dtype) for weight in weights], out=copy)
+        kept = _copies[first] = seen, copy
+    return kept[1]
+
+
+def _moved(weights: Sequence[Tensor]) -> Tensor:
+    first = weights[0].detach()
+    storage, end = first.untyped_storage().data_ptr(), first.storage_offset()
+    for weight in weights:
+        if weight.untyped_storage().data_ptr() != storage or weight.storage_offset() != end:
+            break
+        end += weight.numel()
+    else:
+        rows = sum(map(len, weights))
+        return first.as_strided((rows, *first.shape[1:]), first.stride())
+    with torch.inference_mode(False), torch.no_grad():
+        whole = torch.cat([weight.detach() for weight in weights])
+        for weight, part in zip(weights, whole.split([len(w) for w in weights]), strict=True):
+            weight.data = part
+    return whole
+
+
+@dataclass(frozen=True)
+class Product:
+    """Linear layers of one input, as one: y = x W' + b + (x A') B', adapters where one is active."""
+
+    layers: Sequence[nn.Linear | LoRALinear]
+    dtype: torch.dtype
+
+    @cached_property
+    def plain(self) -> list[nn.Linear]:
+        return [layer.base if isinstance(layer, LoRALinear) else layer for layer in self.layers]
+
+    @cached_property
+    def adapters(self) -> list[Tensor]:
+        """A of each layer, then B of each; empty without an active adapter."""
+        adapted = [layer for layer in self.layers if isinstance(layer, LoRALinear)]
+        if not adapted or adapted[0].active.name is None:
+            return []
+        name = adapted[0].active.name
+        return [layer.lora_A[name] for layer in adapted] + [layer.lora_B[name] for layer in adapted]
+
+    @cached_property
+    def weight(self) -> Tensor:
+        return stacked([layer.weight for layer in self.plain], self.dtype)
+
+    @cached_property
+    def bias(self) -> Tensor | None:
+        biases = [layer.bias for layer in self.plain if layer.bias is not None]
+        return stacked(biases, self.dtype) if biases else None
+
+    @cached_property
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        """A (n rank, in) and, by blocks, scale * B (out, n rank) in the computing type, without gradient."""
+        if not self.adapters:
+            return None
+        return _low_rank(self.adapters, self.layers[0].scale, self.dtype)  # type: ignore[union-attr,arg-type]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(M, in) -> (M, out)."""
+        if not torch.is_grad_enabled():
+            return _product(x, self.weight, self.bias, self.low_rank)
+        if self.adapters:
+            return _Adapted.apply(x, self.weight, self.bias, self.layers[0].scale, *self.adapters)
+        trained = [layer.weight for layer in self.plain] + [
+            layer.bias for layer in self.plain if layer.bias is not None
+        ]
+        if any(parameter.requires_grad for parameter in trained):
+            return _Trained.apply(x, self.weight, self.bias, len(self.plain), *trained)
+        return F.linear(x, self.weight, self.bias)
+
+
+def _product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, low_rank: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    y = F.linear(x, weight, bias)
+    if low_rank is not None:
+        a, b = low_rank
+        y.addmm_(F.linear(x, a), b.t())
+    return y
+
+
+class PackedProduct:
+    """A product without gradient for few rows at a time, its weight copied into the order that oneDNN reads.
+
+    Half the time of a plain one for up to some 32 rows, which is mostly spent reading the weight.
+    """
+
+    def __init__(self, product: Product, rows: int) -> None:
+        self.dtype = product.dtype
+        self._out = len(product.weight)
+        weight = product.weight
+        self._b = None
+        if product.low_rank is not None:
+            a, self._b = product.low_rank
+            weight = torch.cat([weight, a])
+        bias = product.bias
+        self._bias = bias if bias is None else F.pad(bias, (0, len(weight) - self._out))
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(M, in) -> (M, out)."""
+        y = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        if self._b is None:
+            return y
+        return torch.addmm(y[:, : self._out], y[:, self._out :], self._b.t())
+
+
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this torch has the products of `PackedProduct` for the type."""
+    names = ("_linear_pointwise", "_reorder_linear_weight")
+    if not torch.backends.mkldnn.is_available() or not all(hasattr(torch.ops.mkldnn, n) for n in names):
+        return False
+    return dtype == torch.float32 or bool(
+        dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+def _low_rank(adapters: Sequence[Tensor], scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    count = len(adapters) // 2
+    a = torch.cat([part.detach() for part in adapters[:count]]).to(dtype)
+    b = torch.block_diag(*(scale * part.detach() for part in adapters[count:])).to(dtype)
+    return a, b
+
+
+class _Adapted(torch.autograd.Function):
+    """A product with frozen weights; the gradient goes to the input and to the adapters."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, *adapters: Tensor
+    ) -> Tensor:
+        a, b = _low_rank(adapters, scale, weight.dtype)
+        low = F.linear(x, a)
+        y = F.linear(x, weight, bias)
+        y.addmm_(low, b.t())
+        ctx.save_for_backward(x, low, weight, a, b)
+        ctx.scale = scale
+        ctx.ranks = [len(part) for part in adapters[: len(adapters) // 2]]
+        ctx.rows = [len(part) for part in adapters[len(adapters) // 2 :]]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, low, weight, a, b = ctx.saved_tensors
+        grad_low = grad @ b
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ weight
+            grad_x.addmm_(grad_low, a)
+        grads_a = (grad_low.t() @ x).float().split(ctx.ranks)
+        parts = zip(grad.split(ctx.rows, dim=1), low.split(ctx.ranks, dim=1), strict=True)
+        grads_b = [(part.t() @ own).float() * ctx.scale for part, own in parts]
+        return grad_x, None, None, None, *grads_a, *grads_b
+
+
+class _Trained(torch.autograd.Function):
+    """A product with weights that learn; `weight` and `bias` hold them, stacked, in the computing type."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, count: int, *parameters: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.count, ctx.rows = count, [len(part) for part in parameters]
+        ctx.dtype = parameters[0].dtype
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+        grads = [part.to(ctx.dtype) for part in (grad.t() @ x).split(ctx.rows[: ctx.count])]
+        if len(ctx.rows) > ctx.count:
+            grads += [part.to(ctx.dtype) for part in grad.sum(dim=0).split(ctx.rows[ctx.count :])]
+        return grad_x, None, None, None, *grads
+
+
+class _RMSNorm(torch.autograd.Function):
+    """x / rms(x) * weight (Zhang and Sennrich 2019), of rows in any type, in the type asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        wide = x.float()
+        rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        rstd.add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, rstd)
+        return (wide * rstd).mul_(weight).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, rstd = ctx.saved_tensors
+        normed = x.float() * rstd
+        wide = grad.float()
+        grad_weight = (wide * normed).sum(dim=0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        wide = wide * weight
+        mean = torch.linalg.vecdot(wide, normed).div_(x.shape[-1])[..., None]
+        return wide.sub_(normed.mul_(mean)).mul_(rstd).to(x.dtype), grad_weight, None, None
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up of (M, 2 I), gate first (Shazeer 2020)."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        return _swiglu(gate_up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        found = torch.empty_like(gate_up)
+        to_gate, to_up = found.chunk(2, dim=-1)
+        torch.mul(grad, F.silu(gate), out=to_up)
+        to_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+        return found
+
+
+def _swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+class _Rotate(torch.autograd.Function):
+    """Turn the heads (S, T, N, d) by their position (Su et al. 2021) and put them before it: (S, N, T, d)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return rotated(x.transpose(1, 2), cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return rotated(grad, cos, -sin).transpose(1, 2), None, None
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (S, N, T, d) with its halves turned into each other; cos and sin (S or 1, 1, T, d / 2)."""
+    left, right = x.chunk(2, dim=-1)
+    turned = torch.empty(x.shape, dtype=x.dtype)
+    to_left, to_right = turned.chunk(2, dim=-1)
+    torch.mul(left, cos, out=to_left).addcmul_(right, sin, value=-1)
+    torch.mul(right, cos, out=to_right).addcmul_(left, sin)
+    return turned
+
+
+PRODUCTS = ("qkv", "out", "gate_up", "down")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block's products and norms."""
+
+    qkv: Product | PackedProduct
+    out: Product | PackedProduct
+    gate_up: Product | PackedProduct
+    down: Product | PackedProduct
+    norms: tuple[nn.Module, nn.Module]  # before attention, before the perceptron
+
+    @classmethod
+    def of(cls, layer: Any, dtype: torch.dtype) -> Block:
+        attention, mlp = layer.self_attn, layer.mlp
+        return cls(
+            Product([attention.q_proj, attention.k_proj, attention.v_proj], dtype),
+            Product([attention.o_proj], dtype),
+            Product([mlp.gate_proj, mlp.up_proj], dtype),
+            Product([mlp.down_proj], dtype),
+            (layer.input_layernorm, layer.post_attention_layernorm),
+        )
+
+    def packed(self, rows: int) -> Block:
+        """The same for `rows` rows at a time, without gradient."""
+        products = {name: PackedProduct(getattr(self, name), rows) for name in PRODUCTS}
+        return replace(self, **products)  # type: ignore[arg-type]
+
+    def __call__(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        """(M, D) -> (M, D); `attend` makes of (M, (H + 2 KV) d) what the heads read, (M, H d)."""
+        dtype = self.qkv.dtype
+        x = x + self.out(attend(self.qkv(norm(x, self.norms[0], dtype))))
+        return x + self.down(swiglu(self.gate_up(norm(x, self.norms[1], dtype))))
+
+
+def norm(x: Tensor, module: Any, dtype: torch.dtype) -> Tensor:
+    return _RMSNorm.apply(x, module.weight, module.variance_epsilon, dtype)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    return _SwiGLU.apply(gate_up) if torch.is_grad_enabled() else _swiglu(gate_up)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How many heads ask and how many answer, and how wide they are."""
+
+    queries: int
+    keys: int
+    size: int
+    scale: float
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Heads:
+        attention, config = model.base_model.layers[0].self_attn, model.config
+        return cls(
+            config.num_attention_heads, config.num_key_value_heads, attention.head_dim, attention.scaling
+        )
+
+    def split(self, qkv: Tensor) -> Sequence[Tensor]:
+        """(S, T, (H + 2 KV) d) -> (S, T, H, d), (S, T, KV, d), (S, T, KV, d)."""
+        heads = qkv.unflatten(-1, (-1, self.size))
+        return heads.split([self.queries, self.keys, self.keys], dim=-2)
+
+
+def rotation(model: PreTrainedModel, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin (S or 1, 1, T, d / 2) of the positions (S or 1, T)."""
+    like = torch.empty(0, dtype=dtype, device=positions.device)
+    cos, sin = model.base_model.rotary_emb(like, position_ids=positions)
+    half = cos.shape[-1] // 2
+    return cos[:, None, :, :half].contiguous(), sin[:, None, :, :half].contiguous()
+
+
+def last_hidden(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    position_ids: Tensor | None,
+    visible: Tensor | None,
+    *,
+    recompute: bool = False,
+    read_too: Callable[[int, Tensor, Tensor], None] | None = None,
+) -> Tensor:
+    """Last hidden states (S, T, D) of rows padded on the right, as `trunk.last_hidden` gives them.
+
+    `read_too` is given the number of each block, and the keys and values of its heads, (S, KV, T, d) each.
+    """
+    dtype = computing_type(model)
+    with torch.autocast(model.device.type, enabled=False):
+        heads = Heads.of(model)
+        rows, length = input_ids.shape
+        positions = torch.arange(length)[None] if position_ids is None else position_ids
+        cos, sin = rotation(model, positions, dtype)
+        short = length <= SHORT_SEQUENCE
+        mask = _added_mask(heads, length, visible, dtype) if short else visible
+
+        def attend(number: int, qkv: Tensor) -> Tensor:
+            query, key, value = heads.split(qkv.view(rows, length, -1))
+            query, key = _Rotate.apply(query, cos, sin), _Rotate.apply(key, cos, sin)
+            value = value.transpose(1, 2)
+            if read_too is not None:
+                read_too(number, key, value)
+            read = (_attend_short if short else _attend_long)(query, key, value, mask, heads)
+            return read.transpose(1, 2).reshape(rows * length, -1)
+
+        x = model.get_input_embeddings()(input_ids).flatten(0, 1)
+        for number, block in enumerate(blocks_of(model, dtype)):
+            if recompute and torch.is_grad_enabled():
+                own = partial(attend, number)
+                x = checkpoint(block, x, own, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, partial(attend, number))
+        return norm(x, model.base_model.norm, dtype).view(rows, length, -1)
+
+
+def blocks_of(model: PreTrainedModel, dtype: torch.dtype) -> list[Block]:
+    return [Block.of(layer, dtype) for layer in model.base_model.layers]
+
+
+def _attend_short(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, heads: Heads) -> Tensor:
+    """(S, H, T, d): plain products, all queries of a key in one. For short rows faster than fused attention,
+    forward and backward; for long ones the scores would fill the memory."""
+    rows, _, length, size = query.shape
+    shape = rows * heads.keys, -1, size
+    scores = torch.baddbmm(mask, query.view(shape), key.view(shape).mT, alpha=heads.scale)
+    return (scores.softmax(dim=-1) @ value.reshape(shape)).view(rows, heads.queries, length, size)
+
+
+def _attend_long(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, heads: Heads) -> Tensor:
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=None if visible is None else visible[:, None],
+        is_causal=visible is None,
+        scale=heads.scale,
+        enable_gqa=True,
+    )
+
+
+def _added_mask(heads: Heads, length: int, visible: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """0 where a token may look and the type's least number elsewhere, (1 or S KV, H / KV * T, T)."""
+    group = heads.queries // heads.keys
+    seen = torch.ones(1, length, length, dtype=torch.bool).tril() if visible is None else visible
+    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
+    mask = mask[:, None, None].expand(-1, 1 if visible is None else heads.keys, group, -1, -1)
+    return mask.reshape(-1, group * length, length)

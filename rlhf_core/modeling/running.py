@@ -1,0 +1,184 @@
+"""Rows of tokens that are being written, one token at a time: what generation needs of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from rlhf_core.modeling import blocks
+from rlhf_core.modeling.blocks import Heads, PackedProduct, Product, norm, rotated
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PACKED_STEPS, PACKED_ROWS = 16, 64  # packing the weights pays from so many steps on, and up to so many rows
+
+
+class RunningRows(Protocol):
+    """Rows in numbered slots, each at its own length."""
+
+    joins: bool  # whether rows may enter while others run
+
+    def enter(self, slots: Sequence[int], prompts: Sequence[Sequence[int]], copies: int) -> Tensor:
+        """Read each prompt once, into `copies` of the slots; logits (slots, V) after their last tokens."""
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append a token to the row of every slot, tokens (slots,); logits (slots, V)."""
+
+    def leave(self, slots: Sequence[int]) -> None:
+        """These rows have ended; what their slots are stepped with no longer matters."""
+
+    def keep(self, slots: Tensor) -> None:
+        """Go on with these slots only, numbered anew."""
+
+
+def open_rows(model: PreTrainedModel, slots: int, longest: int) -> RunningRows:
+    """Room for `slots` rows of at most `longest` tokens."""
+    if blocks.applies_to(model):
+        return StaticRows(model, slots, longest)
+    return CachedRows(model)
+
+
+class CachedRows:
+    """Any model of transformers, with its own cache: rows enter together, padded on the left."""
+
+    joins = False
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+
+    def enter(self, slots: Sequence[int], prompts: Sequence[Sequence[int]], copies: int) -> Tensor:
+        from transformers import DynamicCache
+
+        longest = max(map(len, prompts))
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        mask = torch.arange(longest) >= (longest - lengths)[:, None]
+        ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+        self._mask, self._cache = mask.to(self._model.device), DynamicCache(config=self._model.config)
+        positions = (self._mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        logits = self._forward(ids.to(self._model.device), positions)
+        if copies > 1:
+            self._cache.batch_repeat_interleave(copies)
+            self._mask = self._mask.repeat_interleave(copies, dim=0)
+            logits = logits.repeat_interleave(copies, dim=0)
+        return logits
+
+    def step(self, tokens: Tensor) -> Tensor:
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
+        return self._forward(tokens[:, None], self._mask.sum(dim=1, keepdim=True) - 1)
+
+    def leave(self, slots: Sequence[int]) -> None:
+        return None
+
+    def keep(self, slots: Tensor) -> None:
+        self._mask = self._mask[slots]
+        self._cache.batch_select_indices(slots)
+
+    def _forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        hidden = self._model.base_model(
+            input_ids=input_ids,
+            attention_mask=None if bool(self._mask.all()) else self._mask,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+        ).last_hidden_state
+        return self._model.get_output_embeddings()(hidden[:, -1])
+
+
+class StaticRows:
+    """The blocks of `rlhf_core.modeling.blocks`, with room for all keys and values from the start.
+
+    A row that ended leaves its slot to the next one that enters. Memory is not touched before it is needed.
+    """
+
+    joins = True
+
+    def __init__(self, model: PreTrainedModel, slots: int, longest: int) -> None:
+        self._model, self._dtype = model, blocks.computing_type(model)
+        self._heads = heads = Heads.of(model)
+        self._blocks = blocks.blocks_of(model, self._dtype)
+        shape = len(self._blocks), slots, heads.keys, longest, heads.size
+        self._head: Product | PackedProduct = Product([model.get_output_embeddings()], self._dtype)
+        self._keys, self._values = (torch.empty(shape, dtype=self._dtype) for _ in range(2))
+        self._clean = 0  # columns that hold numbers everywhere: what is hidden must not be NaN
+        self._lengths = torch.zeros(slots, dtype=torch.int64)
+        cos, sin = blocks.rotation(model, torch.arange(longest)[None], self._dtype)
+        self._cos, self._sin = cos[0, 0, :, None], sin[0, 0, :, None]  # (T, 1, d / 2)
+
+    def enter(self, slots: Sequence[int], prompts: Sequence[Sequence[int]], copies: int) -> Tensor:
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        longest = int(lengths.max())
+        ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
+        for row, prompt in zip(ids, prompts, strict=True):
+            row[: len(prompt)] = torch.tensor(prompt)
+        where = torch.tensor(slots)
+        self._clean_to(longest)
+
+        def keep(number: int, keys: Tensor, values: Tensor) -> None:
+            self._keys[number, where, :, :longest] = keys.repeat_interleave(copies, dim=0)
+            self._values[number, where, :, :longest] = values.repeat_interleave(copies, dim=0)
+
+        hidden = blocks.last_hidden(self._model, ids, None, None, read_too=keep)
+        self._lengths[where] = lengths.repeat_interleave(copies)
+        last = hidden[torch.arange(len(prompts)), lengths - 1]
+        return self._head(last).repeat_interleave(copies, dim=0)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        self._pack(len(tokens))
+        heads, slots, lengths = self._heads, len(tokens), self._lengths
+        width = int(lengths.max()) + 1
+        self._clean_to(width)
+        cos, sin = self._cos[lengths], self._sin[lengths]
+        hidden_from = (torch.arange(width) > lengths[:, None])[:, None, None]  # (slots, 1, 1, T)
+        mask = torch.zeros(hidden_from.shape, dtype=self._dtype)
+        mask = mask.masked_fill_(hidden_from, torch.finfo(self._dtype).min)
+        mask = mask.expand(-1, heads.keys, -1, -1).reshape(slots * heads.keys, 1, width)
+        each = torch.arange(slots)
+
+        def attend(number: int, qkv: Tensor) -> Tensor:
+            own = qkv.view(slots, -1, heads.size)
+            turned = rotated(own[:, : heads.queries + heads.keys], cos, sin)
+            keys, values = self._keys[number], self._values[number]
+            keys[each, :, lengths] = turned[:, heads.queries :]
+            values[each, :, lengths] = own[:, heads.queries + heads.keys :]
+            query = turned[:, : heads.queries].reshape(slots * heads.keys, -1, heads.size)
+            seen = keys[:, :, :width].flatten(0, 1), values[:, :, :width].flatten(0, 1)
+            scores = torch.baddbmm(mask, query, seen[0].mT, alpha=heads.scale)
+            return (scores.softmax(dim=-1) @ seen[1]).view(slots, -1)
+
+        with torch.autocast("cpu", enabled=False):
+            x = self._model.get_input_embeddings()(tokens)
+            for number, block in enumerate(self._blocks):
+                x = block(x, partial(attend, number))
+            self._lengths = (lengths + 1).clamp_(max=self._keys.shape[-2] - 1)
+            return self._head(norm(x, self._model.base_model.norm, self._dtype))
+
+    def _pack(self, rows: int) -> None:
+        """Before the first step, where enough of them follow: the first token need not wait for it."""
+        left = self._keys.shape[-2] - int(self._lengths.max())
+        pays = left >= PACKED_STEPS and rows <= PACKED_ROWS and blocks.can_pack(self._dtype)
+        if isinstance(self._head, Product) and pays:
+            self._blocks = [block.packed(rows) for block in self._blocks]
+            self._head = PackedProduct(self._head, rows)
+
+    def leave(self, slots: Sequence[int]) -> None:
+        self._lengths[torch.tensor(slots, dtype=torch.int64)] = 0
+
+    def keep(self, slots: Tensor) -> None:
+        """Go on with these slots only, numbered anew."""
+        width = self._clean
+        for number in range(len(self._blocks)):
+            for cache in (self._keys, self._values):
+                cache[number, : len(slots), :, :width] = cache[number, slots, :, :width]
+        self._keys, self._values = self._keys[:, : len(slots)], self._values[:, : len(slots)]
+        self._lengths = self._lengths[slots]
+
+    def _clean_to(self, width: int) -> None:
+        if width > self._clean:
+            for cache in (self._keys, self._values):
+                cache[..., self._clean : width, :] = 0.0
+            self._clean = width
