@@ -255,6 +255,7 @@ class PPOConfig(TrainingSection):
     kl_budget: PositiveFloat
     approx_kl_stop: NonNegativeFloat
     advantages: Literal["gae", "rloo", "grpo", "reinforce++"]
+    old_logprobs: Literal["generation", "trainer"]
     gamma: float = Field(gt=0.0, le=1.0)
     gae_lambda: float = Field(ge=0.0, le=1.0)
     cliprange_low: float = Field(gt=0.0, lt=1.0)

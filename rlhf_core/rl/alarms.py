@@ -43,10 +43,10 @@ def alarms(history: History, kl_budget: float) -> dict[str, str]:
             f"entropy fell from {first['objective/entropy']:.2f} to {last['objective/entropy']:.2f} nats a "
             "token; raise ppo.entropy_coef or ppo.kl_coef"
         )
-    if last["rollout/logprob_gap"] > MOST_LOGPROB_GAP:
+    if last.get("rollout/logprob_gap", 0.0) > MOST_LOGPROB_GAP:
         found["rollout_differs"] = (
             f"generation and training differ by {last['rollout/logprob_gap']:.2f} nats a token in what they "
-            "hold likely; set run.precision to float32"
+            "hold likely; log-probabilities are taken from training from now on; set run.precision to float32"
         )
     explained = [row["value/explained_variance"] for row in history if "value/explained_variance" in row]
     if len(explained) > DEAD_CRITIC_UPDATES and max(explained[-DEAD_CRITIC_UPDATES:]) < 0.0:

@@ -21,6 +21,8 @@ from rlhf_core.rl.losses import policy_loss, value_loss
 from rlhf_core.rl.rollout import Actors, Rollout
 from rlhf_core.rl.tensor_ops import masked_sum
 
+MOVED = "mean distance from the rollout's log-probabilities"
+
 
 def ppo_step(
     actors: Actors,
@@ -35,40 +37,57 @@ def ppo_step(
 
     `mix` adds to the policy's gradient what else it should learn, and gives that loss.
     """
+    metrics: dict[str, float] = {}
+    if policy_optimizer is not None:
+        objective = partial(_policy_objective, actors, config=config, kl_coef=kl_coef)
+        metrics |= _step(actors, policy_optimizer, minibatch, config, "policy", objective, mix)
+    if critic_optimizer is not None:
+        objective = partial(_value_objective, actors, config=config)
+        metrics |= _step(actors, critic_optimizer, minibatch, config, "value", objective)
+    return metrics
+
+
+def _step(
+    actors: Actors,
+    optimizer: Optimizer,
+    minibatch: Rollout,
+    config: PPOConfig,
+    name: str,
+    objective: Callable[[Rollout, TokenBatch], tuple[Tensor, dict[str, Tensor]]],
+    mix: Callable[[], float] | None = None,
+) -> dict[str, float]:
+    """One step of one network. The other's gradients need no memory meanwhile."""
     num_tokens = minibatch.response_mask.sum()
     sums: list[dict[str, Tensor]] = []
-    parts = minibatch.micro_batches(config.micro_batch_size)
-    for part, counts in ranks.share_passes(parts):
-        batch = part.batch(actors.roles.tokenizer.pad_token_id)
-        mask = part.response_mask
-        stats: dict[str, Tensor] = {}
-        if policy_optimizer is not None:
-            loss, own = _policy_objective(actors, part, batch, config, kl_coef)
-            (counts * loss / num_tokens).backward()
-            stats |= own
-        if critic_optimizer is not None:
-            values = actors.values(batch)
-            vf_loss, vf_stats = value_loss(
-                values, part.values, part.returns, mask, cliprange=config.cliprange_value
-            )
-            (counts * vf_loss / num_tokens).backward()
-            stats |= vf_stats | {"value/loss": vf_loss.detach()}
+    for part, counts in ranks.share_passes(minibatch.micro_batches(config.micro_batch_size)):
+        loss, stats = objective(part, part.batch(actors.roles.tokenizer.pad_token_id))
+        (counts * loss / num_tokens).backward()
         if counts:
             sums.append(stats)
+    own: dict[str, float] = {}
+    if mix is not None:
+        own["policy/ptx_loss"] = mix()
+    norm, taken = step_if_finite(optimizer, config.max_grad_norm)
+    own |= {f"{name}/grad_norm": norm, f"{name}/skipped_steps": float(not taken)}
+    return {name: value / int(num_tokens) for name, value in ranks.total(sums).items()} | own
 
-    norms: dict[str, float] = {}
-    if mix is not None and policy_optimizer is not None:
-        norms["policy/ptx_loss"] = mix()
-    for name, optimizer in (("policy", policy_optimizer), ("value", critic_optimizer)):
-        if optimizer is None:
-            continue
-        norm, taken = step_if_finite(optimizer, config.max_grad_norm)
-        norms |= {f"{name}/grad_norm": norm, f"{name}/skipped_steps": float(not taken)}
-    return {name: value / int(num_tokens) for name, value in ranks.total(sums).items()} | norms
+
+def _value_objective(
+    actors: Actors, part: Rollout, batch: TokenBatch, *, config: PPOConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The critic's loss, and metrics: sums over response tokens."""
+    loss, stats = value_loss(
+        actors.values(batch),
+        part.values,
+        part.returns,
+        part.response_mask,
+        cliprange=config.cliprange_value,
+    )
+    return loss, stats | {"value/loss": loss.detach()}
 
 
 def _policy_objective(
-    actors: Actors, part: Rollout, batch: TokenBatch, config: PPOConfig, kl_coef: float
+    actors: Actors, part: Rollout, batch: TokenBatch, *, config: PPOConfig, kl_coef: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The surrogate with the terms beside it, and metrics: sums over response tokens."""
     mask = part.response_mask
@@ -91,6 +110,7 @@ def _policy_objective(
         kl = masked_sum(kl_estimate(logprobs, part.ref_logprobs, config.kl_estimator), mask)
         stats["policy/kl_loss"] = kl.detach()
         loss = loss + kl_coef * kl
+    stats[MOVED] = masked_sum((logprobs.detach() - part.logprobs).abs(), mask)
     return loss, stats | {"policy/loss": surrogate.detach()}
 
 
@@ -108,6 +128,9 @@ def update(
 
     With `approx_kl_stop` the passes end after the step that moved the policy further than that. `mix` is
     `ppo_step`'s, given the number of the step.
+
+    Where the rollout took its log-probabilities from generation, the first step, which sees the policy that
+    sampled, shows how far training is from them: rollout/logprob_gap.
     """
     price = config.kl_coef if kl_coef is None else kl_coef
     steps: list[dict[str, float]] = []
@@ -121,8 +144,8 @@ def update(
                 ppo_step(actors, policy_optimizer, critic_optimizer, minibatch, config, price, mixed)
             )
             if 0.0 < config.approx_kl_stop < steps[-1].get("policy/approx_kl", 0.0):
-                return _means(steps)
-    return _means(steps)
+                return _means(steps, config)
+    return _means(steps, config)
 
 
 def episode_order(count: int, samples_per_prompt: int, generator: torch.Generator) -> list[int]:
@@ -131,7 +154,11 @@ def episode_order(count: int, samples_per_prompt: int, generator: torch.Generato
     return [prompt * samples_per_prompt + i for prompt in order for i in range(samples_per_prompt)]
 
 
-def _means(steps: Sequence[dict[str, float]]) -> dict[str, float]:
+def _means(steps: Sequence[dict[str, float]], config: PPOConfig) -> dict[str, float]:
+    gap = {}
+    if config.old_logprobs == "generation" and MOVED in steps[0]:
+        gap["rollout/logprob_gap"] = steps[0][MOVED]
     means = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
     skipped = {name: sum(step[name] for step in steps) for name in means if name.endswith("/skipped_steps")}
-    return means | skipped | {"policy/num_steps": len(steps)}
+    means.pop(MOVED, None)
+    return means | skipped | gap | {"policy/num_steps": len(steps)}

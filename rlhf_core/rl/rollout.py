@@ -40,11 +40,11 @@ class Actors:
         return [*self.roles.parameters("critic"), *self.value_head.parameters()]
 
     def rollout_flops(self, rollout: Rollout) -> float:
-        """Generation, and one pass of policy, reference, critic and each reward model."""
+        """Generation, and one pass of reference, critic and each reward model."""
         tokens, predicted = rollout.work()
         flops = self.roles.flops("policy")
         others = len(self.scorer.members) + (self.value_head is not None)
-        return 3 * flops.forward(tokens, predicted) + others * flops.forward(tokens)
+        return 2 * flops.forward(tokens, predicted) + others * flops.forward(tokens)
 
     def update_flops(self, rollout: Rollout) -> float:
         """One pass of training over the rollout."""
@@ -72,7 +72,7 @@ class Actors:
         return scatter_to_mask(self.value_head(hidden), batch.response_mask)
 
 
-_TENSORS = ("response_mask", "logprobs", "ref_logprobs", "entropy", "values", "advantages", "returns")
+_TENSORS = ("response_mask", "logprobs", "ref_logprobs", "values", "advantages", "returns")
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,6 @@ class Rollout:
     response_mask: Tensor  # (B, R) bool, True on response tokens, EOS included
     logprobs: Tensor  # (B, R) of the policy that sampled
     ref_logprobs: Tensor  # (B, R)
-    entropy: Tensor  # (B, R)
     values: Tensor  # (B, R)
     parts: dict[str, Tensor]  # (B,) each: what the score adds up from
     scores: Tensor  # (B,)
@@ -95,8 +94,13 @@ class Rollout:
     @property
     def logprob_gap(self) -> float:
         """Mean distance between the log-probabilities of generation and of training, in nats per token."""
-        drawn = torch.tensor([logprob for answer in self.answers for logprob in answer.logprobs])
-        return (self.logprobs[self.response_mask].cpu() - drawn).abs().mean().item()
+        return (self.logprobs[self.response_mask] - self.drawn_logprobs).abs().mean().item()
+
+    @property
+    def drawn_logprobs(self) -> Tensor:
+        """What generation found each response token to have, (N,) in row order."""
+        drawn = [logprob for answer in self.answers for logprob in answer.logprobs]
+        return torch.tensor(drawn, device=self.logprobs.device)
 
     @property
     def kl(self) -> Tensor:
@@ -235,21 +239,21 @@ def _empty(answers: Sequence[Generation], device: torch.device) -> Tensor:
 
 
 def _with_forwards(actors: Actors, rollout: Rollout, config: PPOConfig) -> Rollout:
-    """Fill in log-probabilities, entropies and values, a micro-batch at a time."""
+    """Fill in log-probabilities and values, a micro-batch at a time."""
     temperature = config.sampling.temperature
-    filled = {name: rollout.logprobs.clone() for name in ("logprobs", "ref_logprobs", "entropy", "values")}
+    filled = {name: torch.zeros_like(rollout.logprobs) for name in ("logprobs", "ref_logprobs", "values")}
     for rows in rollout.micro_batch_rows(config.micro_batch_size):
         batch = rollout.select(rows).batch(actors.roles.tokenizer.pad_token_id)
-        logprobs, entropy = actors.logprobs("policy", batch, temperature)
-        ref_logprobs, _ = actors.logprobs(REFERENCE, batch, temperature)
         found = {
-            "logprobs": logprobs,
-            "ref_logprobs": ref_logprobs,
-            "entropy": entropy,
+            "ref_logprobs": actors.logprobs(REFERENCE, batch, temperature)[0],
             "values": actors.values(batch),
         }
+        if config.old_logprobs == "trainer":
+            found["logprobs"] = actors.logprobs("policy", batch, temperature)[0]
         for name, tensor in found.items():
             filled[name][rows, : tensor.shape[1]] = tensor
+    if config.old_logprobs == "generation":
+        filled["logprobs"] = scatter_to_mask(rollout.drawn_logprobs, rollout.response_mask)
     return replace(rollout, **filled)
 
 
@@ -287,14 +291,16 @@ def rollout_metrics(rollout: Rollout, config: PPOConfig, kl_coef: float | None =
     mask = rollout.response_mask
     kl = rollout.kl
     finished = torch.tensor([answer.finished for answer in rollout.answers], dtype=torch.float32)
-    value_metrics = {}
+    further = {}
     if config.has_critic:
         residual = masked_var(rollout.returns - rollout.values, mask)
         explained = 1.0 - residual / masked_var(rollout.returns, mask).clamp(min=1e-8)
-        value_metrics = {
+        further = {
             "value/mean": masked_mean(rollout.values, mask).item(),
             "value/explained_variance": explained.item(),
         }
+    if config.old_logprobs == "trainer":
+        further["rollout/logprob_gap"] = rollout.logprob_gap
     parts = {f"reward_part/{name}": part.mean().item() for name, part in rollout.parts.items()}
     return {
         "objective/scores": rollout.scores.mean().item(),
@@ -303,12 +309,11 @@ def rollout_metrics(rollout: Rollout, config: PPOConfig, kl_coef: float | None =
         "objective/kl_coef": price,
         "objective/kl_per_token": (kl.sum() / mask.sum()).item(),
         "objective/rlhf_reward": (rollout.scores - price * kl).mean().item(),
-        "objective/entropy": masked_mean(rollout.entropy, mask).item(),
+        "objective/entropy": -masked_mean(rollout.logprobs, mask).item(),  # E[-log p], by the sample
         "rollout/response_length": mask.sum(dim=1).float().mean().item(),
         "rollout/eos_rate": finished.mean().item(),
-        "rollout/logprob_gap": rollout.logprob_gap,
         "rollout/repeated_4": repeated_share([answer.text for answer in rollout.answers]),
         "rollout/tokens": masked_sum(torch.ones_like(rollout.logprobs), mask).item(),
-        **value_metrics,
+        **further,
         **parts,
     }

@@ -39,7 +39,7 @@ from rlhf_core.modeling.reward import (
 )
 from rlhf_core.modeling.roles import REFERENCE, FullRoles, Roles, adapter_roles
 from rlhf_core.optim import SkipGuard, held_moments, make_optimizer
-from rlhf_core.rl.alarms import alarms
+from rlhf_core.rl.alarms import MOST_LOGPROB_GAP, alarms
 from rlhf_core.rl.kl import KLController
 from rlhf_core.rl.ppo import update
 from rlhf_core.rl.rewards import ScoreShaper
@@ -219,7 +219,7 @@ class Training:
         elif self.average:
             self.set_policy(self.average)
         first = self.tracker.history[0]
-        last = self.tracker.history[-2 if over_budget else -1]
+        last = self.tracker.history[-2 if over_budget and len(self.tracker.history) > 1 else -1]
         self.log_speed()
         return final_metrics(first, last, number, over_budget, config)
 
@@ -236,7 +236,10 @@ class Training:
         if len(rows) < self.config.prompts_per_update:  # the tail of an epoch: filled up from its start
             rows += step_rows(len(self.prompts), self.config.prompts_per_update - len(rows), 0, self.seed + 1)
         prompts = [self.prompts[i] for i in rows]
-        return collect(self.actors, prompts, self.config, self.stream_seed(number), self.kl.coef, self.shape)
+        config = self.config
+        if any(row.get("rollout/logprob_gap", 0.0) > MOST_LOGPROB_GAP for row in self.tracker.history):
+            config = config.model_copy(update={"old_logprobs": "trainer"})
+        return collect(self.actors, prompts, config, self.stream_seed(number), self.kl.coef, self.shape)
 
     def update(self, number: int, rollout: Rollout) -> dict[str, float]:
         warm = number >= self.config.critic_warmup_updates

@@ -210,14 +210,12 @@ def make_rollout(roles, rng, temperature):
         for name in ("advantages", "values", "returns"):
             fields[name][i, :n] = rng.standard_normal(n)
     tensors = {name: torch.tensor(values, dtype=torch.float32) for name, values in fields.items()}
-    zeros = torch.zeros(mask.shape)
     return rows, Rollout(
         conversations=[[{"role": "user", "content": ""}]] * 12,
         answers=[Generation("", tuple(r), True, (0.0,) * len(r)) for _, r in rows],
         prompts=[p for p, _ in rows],
         response_mask=torch.tensor(mask),
-        ref_logprobs=zeros,
-        entropy=zeros,
+        ref_logprobs=torch.zeros(mask.shape),
         parts={},
         scores=torch.zeros(12),
         **tensors,

@@ -68,9 +68,12 @@ def optimizers(actors, rate=1e-2):
 
 def test_before_the_first_update_the_policy_is_the_reference(actors, config):
     rollout = collect(actors, CHATS, config, seed=1)
+    torch.testing.assert_close(rollout.logprobs, rollout.ref_logprobs, rtol=1e-4, atol=1e-5)
+    exact = config.model_copy(update={"old_logprobs": "trainer"})
+    rollout = collect(actors, CHATS, exact, seed=1)
     torch.testing.assert_close(rollout.logprobs, rollout.ref_logprobs, rtol=0, atol=0)
     assert not rollout.kl.any()
-    assert rollout_metrics(rollout, config)["objective/kl"] == 0.0
+    assert rollout_metrics(rollout, exact)["objective/kl"] == 0.0
 
 
 def test_first_step_has_ratio_one_and_clips_nothing(actors, config):

@@ -80,11 +80,11 @@ def test_ppo_runs_and_starts_its_critic_from_the_reward_model(workspace, small_p
 def test_ppo_over_its_kl_budget_keeps_the_last_policy_within(workspace, small_params):
     run_stage("reward", small_params, workspace)
     tight = small_params.model_copy(
-        update={"ppo": small_params.ppo.model_copy(update={"kl_budget": 1e-6, "learning_rate": 0.1})}
+        update={"ppo": small_params.ppo.model_copy(update={"kl_budget": 1e-3, "learning_rate": 0.1})}
     )
     metrics = run_stage("ppo", tight, workspace)
     assert metrics["ppo/stopped_by_kl_budget"] == 1
-    assert metrics["ppo/kl"] == 0.0
+    assert metrics["ppo/kl"] == pytest.approx(0.0, abs=1e-4)
     before, after = weights(workspace.model("sft")), weights(workspace.model("policy"))
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -213,7 +213,7 @@ def test_in_its_warm_up_only_the_critic_learns(workspace, small_params):
     warm = small_params.model_copy(update={"ppo": small_params.ppo.model_copy(update=changes)})
     run_stage("ppo", warm, workspace)
     rows = list(csv.DictReader(workspace.history("ppo").read_text().splitlines()))
-    assert [float(row["objective/kl"]) == 0.0 for row in rows] == [True, True, True, False]
+    assert [abs(float(row["objective/kl"])) < 1e-4 for row in rows] == [True, True, True, False]
     assert [row["policy/loss"] == "" for row in rows] == [True, True, False, True]
     assert float(rows[0]["value/grad_norm"]) > 0
 
