@@ -1,8 +1,9 @@
-"""PPO beside TRL's, the last release of it, in one run: `python -m benchmarks.peers` (`make bench-peers`).
+"""Training beside TRL's, in one run: `python -m benchmarks.peers` (`make bench-peers`).
 
-Each engine is a process of its own, TRL in its own environment, on the same model, prompts, lengths, batch,
-epochs, optimiser and precision. They alternate, since only ratios mean anything on a shared machine. Needs
-models/base and data/prepared (`dvc repro base prepare`).
+PPO beside 1.12.0, the last release that has it; SFT and reward model beside 1.16.0. Each engine is a process
+of its own, TRL in its own environment, on the same model, rows, lengths, batch, epochs, optimiser and
+precision. They alternate, since only ratios mean anything on a shared machine. Needs models/base and
+data/prepared (`dvc repro base prepare`).
 """
 
 from __future__ import annotations
@@ -26,10 +27,9 @@ from rlhf_core.config import load_params
 from rlhf_core.data.rows import read_rows
 from rlhf_core.errors import InputError
 from rlhf_core.layout import Layout
-from rlhf_core.modeling.encoding import encode_prompt
+from rlhf_core.modeling.encoding import encode_prompt, encode_response
 from rlhf_core.modeling.loading import load_tokenizer, resolve_device, resolve_dtype
 
-TRL = ("trl==1.12.0", "peft")
 ENGINES = Path(__file__).parent / "engines"
 Result = dict[str, Any]
 
@@ -48,29 +48,69 @@ class Case:
     bf16: bool
     prompt_tokens: int = 0  # only prompts of this length; 0 takes any
 
+    trl = "1.12.0"
+    engines = "trl_ppo", "our_ppo"
 
-CASES = {
+    @property
+    def per_token(self) -> bool:
+        """Whether to compare by token: where answers may end, the engines write answers of other lengths."""
+        return self.stop
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """What both engines are asked to do, in SFT or the training of a reward model."""
+
+    name: str
+    task: str  # sft | reward
+    batch: int
+    micro_batch: int  # of ours; the peer's is the batch
+    packing: bool
+    max_length: int = 256
+    bf16: bool = True
+
+    trl = "1.16.0"
+    engines = "trl_supervised", "our_supervised"
+    per_token = True
+
+
+CASES: dict[str, Case | Supervised] = {
     "1": Case("full, 24 + 32 tokens, bf16", 16, 32, 1, 1, False, False, True, 24),
     "1f": Case("full, 24 + 32 tokens, float32", 16, 32, 1, 1, False, False, False, 24),
     "2": Case("full, real stopping, 4 x 4", 32, 128, 4, 4, True, False, True),
     "3": Case("LoRA, 24 + 32 tokens, bf16", 16, 32, 1, 1, False, True, True, 24),
+    "4s": Supervised("SFT, ragged rows", "sft", 16, 16, False),
+    "4r": Supervised("reward model, ragged pairs", "reward", 16, 16, False),
 }
 
 
-def environment(directory: Path) -> Path:
+def environment(directory: Path, version: str) -> Path:
     """The Python of TRL's environment, made when it is not there."""
+    directory = directory / f"venv-trl-{version}"
     python = directory / "bin" / "python"
     if not (directory / ".installed").is_file():
-        print(f"making {directory} with {TRL[0]} (some minutes, once)", file=sys.stderr)
+        print(f"making {directory} with TRL {version} (some minutes, once)", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", str(directory)], check=True)
         install = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "-q"]
-        subprocess.run([*install, "-c", "constraints.txt", *TRL, "transformers", "torch"], check=True)
+        subprocess.run(
+            [*install, "-c", "constraints.txt", f"trl=={version}", "peft", "transformers", "torch"],
+            check=True,
+        )
         (directory / ".installed").touch()
     return python
 
 
-def write_case(case: Case, batches: int, layout: Layout, directory: Path) -> Path:
-    """The case as its engines read it, with prompts drawn from the prepared ones."""
+def write_case(case: Case | Supervised, batches: int, layout: Layout, directory: Path) -> Path:
+    """The case as its engines read it, with rows drawn from the prepared ones."""
+    facts: dict[str, Any] = {"model": str(layout.model("base").resolve()), "batches": batches}
+    facts |= vars(case) | {"directory": str(directory)}
+    facts |= ppo_rows(case, layout) if isinstance(case, Case) else supervised_rows(case, batches, layout)
+    path = directory / "case.json"
+    path.write_text(json.dumps(facts))
+    return path
+
+
+def ppo_rows(case: Case, layout: Layout) -> dict[str, Any]:
     tokenizer = load_tokenizer(layout.model("base"))
     conversations = [row["messages"] for row in read_rows(layout.prepared_file("prompts", "train"))]
     encoded = [(encode_prompt(tokenizer, messages), messages) for messages in conversations]
@@ -78,56 +118,74 @@ def write_case(case: Case, batches: int, layout: Layout, directory: Path) -> Pat
         encoded = [pair for pair in encoded if len(pair[0]) == case.prompt_tokens]
     if not encoded:
         raise InputError(f"no prepared prompt has {case.prompt_tokens} tokens")
-    facts = vars(case) | {
-        "model": str(layout.model("base").resolve()),
+    return {
         "prompts": [ids for ids, _ in encoded[:512]],
         "conversations": [messages for _, messages in encoded[:512]],
-        "batches": batches,
-        "directory": str(directory),
     }
-    path = directory / "case.json"
-    path.write_text(json.dumps(facts))
-    return path
+
+
+def supervised_rows(case: Supervised, batches: int, layout: Layout) -> dict[str, Any]:
+    """Token ids, and the useful tokens of each batch: real ones, a prompt counted for each of its answers."""
+    tokenizer = load_tokenizer(layout.model("base"))
+    kind, answers = {
+        "sft": ("demonstrations", ["response"]),
+        "reward": ("preferences", ["chosen", "rejected"]),
+    }[case.task]
+    rows = []
+    for row in read_rows(layout.prepared_file(kind, "train")):
+        encoded = [encode_prompt(tokenizer, row["messages"])]
+        encoded += [encode_response(tokenizer, row[name]) for name in answers]
+        if len(encoded[0]) + max(map(len, encoded[1:])) <= case.max_length:
+            rows.append(encoded)
+    rows = rows[: case.batch * (batches + 1)]
+    each = [sum(len(row[0]) + len(answer) for answer in row[1:]) for row in rows]
+    return {
+        "rows": rows,
+        "tokens": [sum(each[start : start + case.batch]) for start in range(0, len(each), case.batch)],
+    }
 
 
 def run(python: Path, engine: str, case: Path) -> Result:
     """One run of an engine. Raises CalledProcessError when it fails."""
-    env = os.environ | {"PYTHONPATH": str(Path.cwd()) if engine == "our_ppo" else ""}
+    env = os.environ | {"PYTHONPATH": str(Path.cwd()) if engine.startswith("our") else ""}
     done = subprocess.run(
         [str(python), str(ENGINES / f"{engine}.py"), str(case)], env=env, stdout=subprocess.PIPE, check=True
     )
     return json.loads(done.stdout.decode().splitlines()[-1])
 
 
-def compare(case: Case, options: argparse.Namespace, layout: Layout, peer: Path) -> dict[str, list[Result]]:
-    found: dict[str, list[Result]] = {"trl_ppo": [], "our_ppo": []}
+def compare(
+    case: Case | Supervised, options: argparse.Namespace, layout: Layout, peer: Path
+) -> dict[str, list[Result]]:
+    found: dict[str, list[Result]] = {engine: [] for engine in case.engines}
     with tempfile.TemporaryDirectory() as scratch:
         path = write_case(case, options.batches, layout, Path(scratch))
         for _ in range(options.rounds):
             for engine, results in found.items():
-                results.append(run(peer if engine == "trl_ppo" else Path(sys.executable), engine, path))
+                results.append(run(peer if engine.startswith("trl") else Path(sys.executable), engine, path))
     return found
 
 
-def add_rows(table: Table, case: Case, found: dict[str, list[Result]], ceiling: float) -> None:
-    medians = {}
+def add_rows(table: Table, case: Case | Supervised, found: dict[str, list[Result]], ceiling: float) -> None:
+    medians: dict[str, float] = {}
     for engine, results in found.items():
         seconds = [s for result in results for s in result["seconds"]]
         tokens = [n for result in results for n in result["tokens"]]
-        # Per response token where answers may end, for then the engines write answers of different lengths.
-        medians[engine] = statistics.median(seconds) / (statistics.mean(tokens) if case.stop else 1.0)
-        ratio = medians["trl_ppo"] / medians[engine]
+        medians[engine] = statistics.median(seconds) / (statistics.mean(tokens) if case.per_token else 1.0)
+        ratio = next(iter(medians.values())) / medians[engine]
         phases = {name: statistics.mean(r["phases"][name] for r in results) for name in results[0]["phases"]}
         share = results[-1].get("flops", 0.0) / statistics.median(seconds) / ceiling
+        shares = f"{share:.0%}" if share else ""
+        if "update_flops" in results[-1]:
+            shares += f", update {results[-1]['update_flops'] / phases['update'] / ceiling:.0%}"
         table.add_row(
             case.name,
-            {"trl_ppo": "TRL 1.12.0", "our_ppo": "this project"}[engine],
+            f"TRL {case.trl}" if engine.startswith("trl") else "this project",
             f"{statistics.median(seconds):.1f} ({min(seconds):.1f} to {max(seconds):.1f})",
-            f"{case.batch / statistics.median(seconds):.2f}",
-            f"{statistics.mean(tokens) / case.batch:.0f}",
+            f"{statistics.mean(tokens) / statistics.median(seconds):.0f}",
             f"{ratio:.2f}",
             f"{max(result['peak_gib'] for result in results):.1f}",
-            f"{share:.0%}" if share else "",
+            shares,
             ", ".join(f"{name} {spent:.1f}" for name, spent in phases.items()),
         )
 
@@ -137,18 +195,18 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", default=list(CASES), help=", ".join(CASES))
     parser.add_argument("--batches", type=int, default=2, help="measured in each run, after one to warm up")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each engine")
-    parser.add_argument("--environment", type=Path, default=Path(".rlhf/venv-trl"))
+    parser.add_argument("--environments", type=Path, default=Path(".rlhf"), help="where TRL is installed")
     options = parser.parse_args()
     layout = Layout(Path.cwd())
-    peer = environment(options.environment.resolve())
     params = load_params(layout.params)
     device = resolve_device(params.run)
-    table = Table(title="PPO, one batch: rollout and update")
-    columns = ("case", "engine", "seconds (range)", "episodes/s", "tokens an answer", "ratio", "peak GiB")
-    for column in (*columns, "share of ceiling", "seconds by phase"):
+    table = Table(title="One batch; tokens of answers in PPO, of prompts and answers elsewhere")
+    columns = ("case", "engine", "seconds (range)", "tokens/s", "ratio", "peak GiB", "share of ceiling")
+    for column in (*columns, "seconds by phase"):
         table.add_column(column)
     for name in options.cases:
         case = CASES[name]
+        peer = environment(options.environments.resolve(), case.trl)
         precision = "auto" if case.bf16 else "float32"
         run_config = params.run.model_copy(update={"precision": precision})
         ceiling = matrix_ceiling(resolve_dtype(run_config, device), device)

@@ -1,4 +1,4 @@
-"""How fast generation and training are, beside transformers' own generation and the machine's ceiling.
+"""Generation beside transformers' own, and passes through the trunk beside the machine's ceiling.
 
 All in one run, alternating, since only ratios mean anything on a shared machine. Needs models/base.
 """
@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -21,6 +22,7 @@ from rlhf_core.config import SamplingConfig, load_params
 from rlhf_core.generation import generate
 from rlhf_core.layout import Layout
 from rlhf_core.modeling.encoding import encode_prompt, make_batch
+from rlhf_core.modeling.flops import Flops
 from rlhf_core.modeling.loading import load_policy
 from rlhf_core.modeling.roles import AdapterRoles
 
@@ -31,6 +33,7 @@ QUESTIONS = (
     "Tell me a story.",
 )
 NEW_TOKENS = 32
+Seconds = list[float]
 
 
 def matrix_ceiling(dtype: torch.dtype, device: torch.device, size: int = 2048) -> float:
@@ -43,23 +46,120 @@ def matrix_ceiling(dtype: torch.dtype, device: torch.device, size: int = 2048) -
     return 4 * 2 * size**3 / (time.perf_counter() - started)
 
 
-def measure(cases: dict[str, Callable[[], int]], repeats: int) -> dict[str, tuple[float, float, int]]:
-    """Median and spread of the seconds of each case, alternating; and its count of tokens."""
+def measure(cases: dict[str, Callable[[], object]], repeats: int) -> dict[str, Seconds]:
+    """Seconds of each case, alternating, after one call of each to warm up."""
     for case in cases.values():
         case()
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
-    tokens: dict[str, int] = {}
+    seconds: dict[str, Seconds] = {name: [] for name in cases}
     for _ in range(repeats):
         for name, case in cases.items():
             started = time.perf_counter()
-            tokens[name] = case()
+            case()
             seconds[name].append(time.perf_counter() - started)
-    return {n: (statistics.median(s), max(s) - min(s), tokens[n]) for n, s in seconds.items()}
+    return seconds
+
+
+class Writers:
+    """The same prompts answered by this project and by transformers; EOS can stop neither."""
+
+    def __init__(self, model: Any, tokenizer: Any, prompts: int, copies: int) -> None:
+        self.model, self.tokenizer, self.copies = model, tokenizer, copies
+        model.generation_config.eos_token_id = None
+        self.endless = EndlessTokenizer(tokenizer)
+        self.chats = [[{"role": "user", "content": QUESTIONS[i % len(QUESTIONS)]}] for i in range(prompts)]
+        self.ids = [encode_prompt(tokenizer, messages) for messages in self.chats]
+
+    def ours(self, new_tokens: int) -> None:
+        sampling = SamplingConfig(temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new_tokens, seed=0)
+        rows = len(self.chats) * self.copies
+        generate(
+            self.model,
+            self.endless,  # type: ignore[arg-type]
+            self.chats,
+            sampling,
+            samples_per_prompt=self.copies,
+            batch_size=rows,
+        )
+
+    def transformers(self, new_tokens: int) -> None:
+        longest = max(map(len, self.ids))
+        pad = self.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (longest - len(p)) + p for p in self.ids])
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in self.ids])
+        self.model.generate(
+            ids.to(self.model.device),
+            attention_mask=mask.to(self.model.device),
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=new_tokens,
+            num_return_sequences=self.copies,
+            pad_token_id=pad,
+        )
+
+
+def generation(model: Any, tokenizer: Any, repeats: int) -> Table:
+    table = Table(title=f"Generation, {NEW_TOKENS} tokens an answer")
+    for column in ("prompts x answers", "engine", "tokens/s (range)", "ratio", "first token, ms"):
+        table.add_column(column)
+    for prompts, copies in ((1, 1), (16, 1), (64, 1), (16, 4)):
+        writers = Writers(model, tokenizer, prompts, copies)
+        engines = {"transformers.generate": writers.transformers, "this project": writers.ours}
+        whole = measure({name: lambda w=w: w(NEW_TOKENS) for name, w in engines.items()}, repeats)
+        first = measure({name: lambda w=w: w(1) for name, w in engines.items()}, repeats)
+        slowest = statistics.median(whole["transformers.generate"])
+        for name, seconds in whole.items():
+            speeds = sorted(prompts * copies * NEW_TOKENS / s for s in seconds)
+            table.add_row(
+                f"{prompts} x {copies}",
+                name,
+                f"{statistics.median(speeds):.0f} ({speeds[0]:.0f} to {speeds[-1]:.0f})",
+                f"{slowest / statistics.median(seconds):.2f}",
+                f"{1000 * statistics.median(first[name]):.0f}",
+            )
+    return table
+
+
+def passes(model: Any, tokenizer: Any, lora: Any, repeats: int) -> Table:
+    """Growth: time and new memory of passes at longer rows and larger batches."""
+    roles = AdapterRoles(model, tokenizer, lora)
+    roles.add("policy", seed=0)
+    flops = Flops.of(model, "lora")
+    ceiling = matrix_ceiling(model.dtype, model.device)
+    table = Table(title=f"Passes through the trunk with LoRA; ceiling {ceiling / 1e9:.0f} GFLOP/s")
+    for column in ("rows x tokens", "pass", "ms a token (range)", "share of ceiling"):
+        table.add_column(column)
+    for rows, length in ((4, 256), (16, 256), (1, 1024), (1, 4096)):
+        batch = make_batch(
+            [[5 + i] for i in range(rows)],
+            [[7] * (length - 1)] * rows,
+            tokenizer.pad_token_id,
+            model.device,
+        )
+
+        def forward(inputs: Any = batch.inputs) -> None:
+            with torch.no_grad():
+                roles.hidden("policy", *inputs)
+
+        def training(inputs: Any = batch.inputs) -> None:
+            roles.hidden("policy", *inputs).float().sum().backward()
+
+        tokens = rows * length
+        for name, seconds in measure({"forward": forward, "training": training}, repeats).items():
+            need = (flops.forward if name == "forward" else flops.training)(tokens)
+            median = statistics.median(seconds)
+            table.add_row(
+                f"{rows} x {length}",
+                name,
+                f"{1000 * median / tokens:.2f} ({1000 * min(seconds) / tokens:.2f} to "
+                f"{1000 * max(seconds) / tokens:.2f})",
+                f"{need / median / ceiling:.0%}",
+            )
+    return table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("parts", nargs="*", default=["generation", "passes"])
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     layout = Layout(Path.cwd())
@@ -67,69 +167,10 @@ def main() -> None:
         sys.exit("models/base is missing: `dvc repro base` makes it")
     params = load_params(layout.params)
     model, tokenizer = load_policy(layout.model("base"), params.run)
-    chats = [[{"role": "user", "content": QUESTIONS[i % len(QUESTIONS)]}] for i in range(options.batch)]
-    # EOS can stop neither engine, so that both make the same number of tokens.
-    model.generation_config.eos_token_id = None
-    endless = EndlessTokenizer(tokenizer)
-    sampling = SamplingConfig(temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=NEW_TOKENS, seed=0)
-    prompts = [encode_prompt(tokenizer, messages) for messages in chats]
-
-    def ours() -> int:
-        generate(model, endless, chats, sampling, batch_size=options.batch)
-        return options.batch * NEW_TOKENS
-
-    def transformers_generate() -> int:
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(p)) + p for p in prompts])
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-        model.generate(
-            ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            do_sample=True,
-            top_k=0,
-            max_new_tokens=NEW_TOKENS,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        return options.batch * NEW_TOKENS
-
-    found = measure(
-        {"generate (this project)": ours, "generate (transformers)": transformers_generate}, options.repeats
-    )
-    roles = AdapterRoles(model, tokenizer, params.model.lora)
-    roles.add("policy", seed=0)
-    batch = make_batch(prompts, [[5] * NEW_TOKENS] * options.batch, tokenizer.pad_token_id, model.device)
-
-    def forward() -> int:
-        with torch.no_grad():
-            roles.hidden("policy", *batch.inputs)
-        return batch.input_ids.numel()
-
-    def forward_backward() -> int:
-        roles.hidden("policy", *batch.inputs).float().sum().backward()
-        return batch.input_ids.numel()
-
-    found |= measure(
-        {"trunk forward (LoRA)": forward, "trunk forward + backward": forward_backward}, options.repeats
-    )
-    show(found, matrix_ceiling(model.dtype, model.device), model, options)
-
-
-def show(
-    found: dict[str, tuple[float, float, int]], ceiling: float, model: torch.nn.Module, options: object
-) -> None:
-    trunk = sum(
-        p.numel() for n, p in model.base_model.named_parameters() if "embed" not in n and "lora" not in n
-    )
-    passes = {"trunk forward (LoRA)": 1, "trunk forward + backward": 2}
-    table = Table(title=f"Speed, {options}; matrix ceiling {ceiling / 1e9:.0f} GFLOP/s")
-    for column in ("case", "seconds", "spread", "tokens/s", "share of ceiling"):
-        table.add_column(column, justify="left" if column == "case" else "right")
-    for name, (median, spread, tokens) in found.items():
-        share = passes.get(name, 0) * 2 * trunk * tokens / median / ceiling
-        table.add_row(
-            name, f"{median:.2f}", f"{spread:.2f}", f"{tokens / median:.0f}", f"{share:.0%}" if share else ""
-        )
-    Console().print(table)
+    if "generation" in options.parts:
+        Console().print(generation(model, tokenizer, options.repeats))
+    if "passes" in options.parts:
+        Console().print(passes(model, tokenizer, params.model.lora, options.repeats))
 
 
 if __name__ == "__main__":

@@ -112,6 +112,7 @@ def main() -> None:
                 "seconds": seconds[1:],
                 "phases": {name: spent / case["batches"] for name, spent in phases.items()},
                 "tokens": tokens[1:],
+                "update_flops": config.num_ppo_epochs * actors.update_flops(rollout),
                 "flops": actors.rollout_flops(rollout) + config.num_ppo_epochs * actors.update_flops(rollout),
                 "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
                 "threads": torch.get_num_threads(),
