@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from rlhf_core.config import RunConfig, SamplingConfig
 from rlhf_core.generation import draw, filter_logits, generate, stream
+from rlhf_core.modeling import blocks
 from rlhf_core.modeling.encoding import encode_prompt
 from rlhf_core.modeling.loading import load_policy
 
@@ -104,3 +105,24 @@ def test_temperature_divides_the_logits():
     torch.testing.assert_close(
         filter_logits(torch.tensor([[1.0, 2.0]]), sampling(temperature=0.5)), torch.tensor([[2.0, 4.0]])
     )
+
+
+def test_own_blocks_and_those_of_transformers_write_the_same_texts(loaded, monkeypatch):
+    """With more prompts than slots, so that freed slots are given away where rows can join."""
+    model, tokenizer = loaded
+    found = {}
+    for own in (True, False):
+        with monkeypatch.context() as patch:
+            if not own:
+                patch.setattr(blocks, "applies_to", lambda model: False)
+            found[own] = generate(model, tokenizer, CHATS * 3, sampling(), samples_per_prompt=2, batch_size=6)
+    assert texts(found[True]) == texts(found[False])
+    for own, other in zip(found[True], found[False], strict=True):
+        for one, two in zip(own, other, strict=True):
+            assert one.logprobs == pytest.approx(two.logprobs, abs=1e-4)
+
+
+def test_no_prompt_has_no_answers(loaded):
+    model, tokenizer = loaded
+    assert generate(model, tokenizer, [], sampling()) == []
+    assert generate(model, tokenizer, CHATS, sampling(), only=[]) == []

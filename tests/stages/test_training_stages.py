@@ -15,6 +15,8 @@ from rlhf_core.modeling.reward import load_reward_model
 from rlhf_core.optim import DivergedError
 from rlhf_core.rl import ppo
 from rlhf_core.rl.losses import policy_loss
+from rlhf_core.rl.rollout import collect
+from rlhf_core.stages import ppo as ppo_stage
 from rlhf_core.stages import sft
 from rlhf_core.stages.ppo import DemonstrationMix, Training, open_actors
 from rlhf_core.stages.runner import run_stage
@@ -281,3 +283,27 @@ def test_ppo_with_ptx_keeps_what_sft_learnt_and_repeats_itself(workspace, small_
     first = workspace.history("ppo").read_bytes()
     run_stage("ppo", with_ptx(small_params, 10.0), workspace)
     assert workspace.history("ppo").read_bytes() == first
+
+
+def test_a_wide_gap_between_generation_and_training_takes_the_trainers_logprobs_from_then_on(
+    workspace, small_params, monkeypatch
+):
+    run_stage("reward", small_params, workspace)
+    used = []
+    monkeypatch.setattr(
+        ppo_stage,
+        "collect",
+        lambda actors, prompts, config, *rest: (
+            used.append(config.old_logprobs) or collect(actors, prompts, config, *rest)
+        ),
+    )
+    run_stage("ppo", small_params, workspace)
+    assert used == ["generation"] * 5
+    assert all(
+        float(row["rollout/logprob_gap"] or 0.0) < 1e-4
+        for row in csv.DictReader(workspace.history("ppo").read_text().splitlines())
+    )
+    used.clear()
+    monkeypatch.setattr(ppo_stage, "MOST_LOGPROB_GAP", -1.0)
+    run_stage("ppo", small_params, workspace)
+    assert used == ["generation"] + ["trainer"] * 4
