@@ -60,10 +60,10 @@ format: $(VENV)/.installed-dev  ## put the code into the house style
 	@ruff check --fix .
 	@ruff format .
 
-bench: $(VENV)/.installed  ## speed of generation and training beside transformers and the machine's ceiling
+bench: $(VENV)/.installed  ## generation beside transformers, and passes beside the machine's ceiling
 	@python -m benchmarks.speed $(ARGS)
 
-bench-peers: $(VENV)/.installed  ## PPO beside TRL's, which gets an environment of its own
+bench-peers: $(VENV)/.installed  ## training beside TRL's, which gets environments of its own
 	@dvc repro -q base prepare
 	@python -m benchmarks.peers $(ARGS)
 
