@@ -80,7 +80,7 @@ CASES: dict[str, Case | Supervised] = {
     "2": Case("full, real stopping, 4 x 4", 32, 128, 4, 4, True, False, True),
     "3": Case("LoRA, 24 + 32 tokens, bf16", 16, 32, 1, 1, False, True, True, 24),
     "4s": Supervised("SFT, ragged rows", "sft", 16, 16, False),
-    "4r": Supervised("reward model, ragged pairs", "reward", 16, 16, False),
+    "4r": Supervised("reward model, ragged pairs", "reward", 16, 4, False),
 }
 
 
