@@ -150,6 +150,7 @@ class _Desk:
         longest = max(len(prompts[i]) for i in order) + sampling.max_new_tokens
         slots = min(at_once, len(order)) * copies
         self._rows = open_rows(model, slots, longest)
+        self._at_once = at_once
         self._prompts, self._copies, self._sampling = prompts, copies, sampling
         self._eos = tokenizer.eos_token_id
         self._waiting = deque(order)
@@ -168,10 +169,14 @@ class _Desk:
 
     def _fill(self) -> None:
         """Let the next prompts in, where there is room for enough of them."""
-        slots, copies = len(self._held), self._copies
+        copies = self._copies
+        if not self._waiting or (not self._rows.joins and any(self._held)):
+            return
+        if not self._rows.joins:  # as many slots as rows enter together
+            self._held = [None] * (min(self._at_once, len(self._waiting)) * copies)
+        slots = len(self._held)
         free = [slot for slot, answer in enumerate(self._held) if answer is None]
-        enough = max(copies, slots // PART) if self._rows.joins else slots
-        if not self._waiting or len(free) < enough:
+        if len(free) < max(copies, slots // PART):
             return
         taken = [self._waiting.popleft() for _ in range(min(len(self._waiting), len(free) // copies))]
         new = [_Answer(i, i * copies + copy) for i in taken for copy in range(copies)]
@@ -201,10 +206,11 @@ class _Desk:
         return following, [answer for _, answer in ended]
 
     def _thin(self, following: list[int]) -> list[int]:
-        """Go on with fewer slots, when no prompt waits for the free ones; what to step those with."""
+        """Go on with fewer slots, when no prompt can have the free ones; what to step those with."""
         slots = len(self._held)
         keep = [slot for slot, answer in enumerate(self._held) if answer is not None]
-        if self._waiting or len(keep) > slots - max(1, slots // PART):
+        few = max(1, slots // PART) if self._rows.joins else 1
+        if not keep or (self._rows.joins and self._waiting) or len(keep) > slots - few:
             return following
         self._rows.keep(torch.tensor(keep, dtype=torch.int64, device=self._logits.device))
         self._held = [self._held[slot] for slot in keep]

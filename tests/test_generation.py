@@ -107,15 +107,18 @@ def test_temperature_divides_the_logits():
     )
 
 
-def test_own_blocks_and_those_of_transformers_write_the_same_texts(loaded, monkeypatch):
-    """With more prompts than slots, so that freed slots are given away where rows can join."""
+@pytest.mark.parametrize(("prompts", "at_once"), [(12, 3), (7, 3), (31, 16), (5, 64)])
+def test_own_blocks_and_those_of_transformers_write_the_same_texts(loaded, monkeypatch, prompts, at_once):
+    """More prompts than slots: freed ones are given away where rows can join; last rounds are not full."""
     model, tokenizer = loaded
-    found = {}
+    chats, found = (CHATS * 8)[:prompts], {}
     for own in (True, False):
         with monkeypatch.context() as patch:
             if not own:
                 patch.setattr(blocks, "applies_to", lambda model: False)
-            found[own] = generate(model, tokenizer, CHATS * 3, sampling(), samples_per_prompt=2, batch_size=6)
+            found[own] = generate(
+                model, tokenizer, chats, sampling(), samples_per_prompt=2, batch_size=2 * at_once
+            )
     assert texts(found[True]) == texts(found[False])
     for own, other in zip(found[True], found[False], strict=True):
         for one, two in zip(own, other, strict=True):
