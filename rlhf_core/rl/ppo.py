@@ -21,8 +21,6 @@ from rlhf_core.rl.losses import policy_loss, value_loss
 from rlhf_core.rl.rollout import Actors, Rollout
 from rlhf_core.rl.tensor_ops import masked_sum
 
-MOVED = "mean distance from the rollout's log-probabilities"
-
 
 def ppo_step(
     actors: Actors,
@@ -110,7 +108,7 @@ def _policy_objective(
         kl = masked_sum(kl_estimate(logprobs, part.ref_logprobs, config.kl_estimator), mask)
         stats["policy/kl_loss"] = kl.detach()
         loss = loss + kl_coef * kl
-    stats[MOVED] = masked_sum((logprobs.detach() - part.logprobs).abs(), mask)
+    stats["policy/abs_log_ratio"] = masked_sum((logprobs.detach() - part.logprobs).abs(), mask)
     return loss, stats | {"policy/loss": surrogate.detach()}
 
 
@@ -156,9 +154,8 @@ def episode_order(count: int, samples_per_prompt: int, generator: torch.Generato
 
 def _means(steps: Sequence[dict[str, float]], config: PPOConfig) -> dict[str, float]:
     gap = {}
-    if config.old_logprobs == "generation" and MOVED in steps[0]:
-        gap["rollout/logprob_gap"] = steps[0][MOVED]
+    if config.old_logprobs == "generation" and "policy/abs_log_ratio" in steps[0]:
+        gap["rollout/logprob_gap"] = steps[0]["policy/abs_log_ratio"]
     means = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
     skipped = {name: sum(step[name] for step in steps) for name in means if name.endswith("/skipped_steps")}
-    means.pop(MOVED, None)
     return means | skipped | gap | {"policy/num_steps": len(steps)}

@@ -196,7 +196,7 @@ class Training:
             rollout = self.timed("rollout", lambda n=number: self.rollout(n))
             self.flops["rollout"] += self.actors.rollout_flops(rollout)
             self.tokens += int(rollout.response_mask.sum())
-            metrics = rollout_metrics(rollout, config, self.kl.coef) | self.gold_metrics(rollout)
+            metrics = rollout_metrics(rollout, self.config, self.kl.coef) | self.gold_metrics(rollout)
             over_budget = metrics["objective/kl"] > config.kl_budget
             if over_budget or number == config.num_updates:
                 self.tracker.log(metrics, number)
@@ -236,10 +236,9 @@ class Training:
         if len(rows) < self.config.prompts_per_update:  # the tail of an epoch: filled up from its start
             rows += step_rows(len(self.prompts), self.config.prompts_per_update - len(rows), 0, self.seed + 1)
         prompts = [self.prompts[i] for i in rows]
-        config = self.config
         if any(row.get("rollout/logprob_gap", 0.0) > MOST_LOGPROB_GAP for row in self.tracker.history):
-            config = config.model_copy(update={"old_logprobs": "trainer"})
-        return collect(self.actors, prompts, config, self.stream_seed(number), self.kl.coef, self.shape)
+            self.config = self.config.model_copy(update={"old_logprobs": "trainer"})
+        return collect(self.actors, prompts, self.config, self.stream_seed(number), self.kl.coef, self.shape)
 
     def update(self, number: int, rollout: Rollout) -> dict[str, float]:
         warm = number >= self.config.critic_warmup_updates
