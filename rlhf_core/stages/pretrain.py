@@ -22,7 +22,7 @@ from rlhf_core.data.rows import read_rows
 from rlhf_core.layout import Layout
 from rlhf_core.modeling.encoding import encode_prompt, encode_response, make_batch
 from rlhf_core.modeling.loading import read_provenance, write_provenance
-from rlhf_core.modeling.logprobs import response_hidden
+from rlhf_core.modeling.logprobs import response_hidden, token_logprobs
 from rlhf_core.modeling.roles import FullRoles
 from rlhf_core.tracking import Tracker
 from rlhf_core.training import Schedule, Task, in_micro_batches, train
@@ -73,7 +73,7 @@ class TextTask(Task):
         batch = make_batch([row[:1] for row in rows], [row[1:] for row in rows], pad, self.roles.device)
         logits = self.roles.logits(ROLE, response_hidden(self.roles.hidden(ROLE, *batch.inputs), batch))
         targets = batch.responses[batch.response_mask]
-        return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum"), {}
+        return -token_logprobs(logits, targets, temperature=1.0)[0].sum(), {}
 
     def describe(self, row: list[int]) -> dict[str, str]:
         return {"text": self.roles.tokenizer.decode(row)}
