@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from rlhf_core.modeling import blocks
-from rlhf_core.modeling.blocks import Heads, PackedProduct, Product, norm, rotated
+from rlhf_core.modeling import blocks, products
+from rlhf_core.modeling.blocks import Heads, norm, rotated
+from rlhf_core.modeling.products import PackedProduct, Product
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -160,7 +161,7 @@ class StaticRows:
     def _pack(self, rows: int) -> None:
         """Before the first step, where enough of them follow: the first token need not wait for it."""
         left = self._keys.shape[-2] - int(self._lengths.max())
-        pays = left >= PACKED_STEPS and rows <= PACKED_ROWS and blocks.can_pack(self._dtype)
+        pays = left >= PACKED_STEPS and rows <= PACKED_ROWS and products.can_pack(self._dtype)
         if isinstance(self._head, Product) and pays:
             self._blocks = [block.packed(rows) for block in self._blocks]
             self._head = PackedProduct(self._head, rows)

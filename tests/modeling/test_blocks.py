@@ -14,10 +14,11 @@ from transformers import (
 )
 
 from rlhf_core.config import LoRAConfig, RunConfig
-from rlhf_core.modeling import blocks, lora
-from rlhf_core.modeling.blocks import SHORT_SEQUENCE, Block, PackedProduct, Product
+from rlhf_core.modeling import blocks, lora, products
+from rlhf_core.modeling.blocks import SHORT_SEQUENCE, Block
 from rlhf_core.modeling.encoding import make_batch
 from rlhf_core.modeling.loading import load_policy, load_tokenizer
+from rlhf_core.modeling.products import PackedProduct, Product
 from rlhf_core.modeling.roles import FullRoles
 from rlhf_core.modeling.running import CachedRows, StaticRows
 from rlhf_core.modeling.trunk import last_hidden
@@ -219,7 +220,7 @@ def test_a_model_in_training_mode_is_left_to_transformers_which_knows_dropout(ll
 @pytest.mark.parametrize("rows", [1, 5, 64])
 @pytest.mark.parametrize("adapted", [False, True])
 def test_a_packed_product_is_the_plain_one(dtype, rows, adapted):
-    if not blocks.can_pack(dtype):
+    if not products.can_pack(dtype):
         pytest.skip(f"this torch packs no {dtype} weights")
     model = make(CONFIGS["qwen2"], dtype)
     if adapted:
@@ -242,7 +243,7 @@ def test_a_packed_product_is_the_plain_one(dtype, rows, adapted):
 @torch.inference_mode()
 def test_rows_one_token_at_a_time_have_the_logits_of_whole_rows(model, packs, monkeypatch):
     """Ragged prompts, some in two copies; one row leaves, another takes its slot, the rest go on alone."""
-    monkeypatch.setattr(blocks, "can_pack", lambda dtype: packs)
+    monkeypatch.setattr(products, "can_pack", lambda dtype: packs)
     generator = torch.Generator().manual_seed(3)
     texts = [list(prompt) for prompt in (PROMPTS[0], PROMPTS[3]) for _ in range(2)]
 
