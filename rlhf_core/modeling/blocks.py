@@ -21,7 +21,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from rlhf_core import ranks
+from rlhf_core.modeling import ragged
 from rlhf_core.modeling.products import PackedProduct, Product
+from rlhf_core.modeling.ragged import Group
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -200,44 +202,67 @@ def last_hidden(
     input_ids: Tensor,
     position_ids: Tensor | None,
     visible: Tensor | None,
+    lengths: Sequence[int] | None = None,
     *,
     recompute: bool = False,
-    read_too: Callable[[int, Tensor, Tensor], None] | None = None,
+    read_too: Callable[[int, slice, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """Last hidden states (S, T, D) of rows padded on the right, as `trunk.last_hidden` gives them.
 
-    `read_too` is given the number of each block, and the keys and values of its heads, (S, KV, T, d) each.
+    Padding that `lengths` (S,) tells of is left out of all products. `read_too` is given the number of each
+    block, some of the rows, and the keys and values of their heads, (rows, KV, T or fewer, d) each.
     """
     dtype = computing_type(model)
     with torch.autocast(model.device.type, enabled=False):
         heads = Heads.of(model)
         rows, length = input_ids.shape
         positions = torch.arange(length)[None] if position_ids is None else position_ids
-        cos, sin = rotation(model, positions, dtype)
-        short = length <= SHORT_SEQUENCE
-        mask = _added_mask(heads, length, visible, dtype) if short else visible
+        lengths = [length] * rows if lengths is None else lengths
+        turns = rotation(model, positions, dtype)
+        settings = [
+            (group, *_turns_of(group, turns), _mask_of(group, visible, heads, dtype))
+            for group in ragged.groups(lengths)
+        ]
 
         def attend(number: int, qkv: Tensor) -> Tensor:
-            query, key, value = heads.split(qkv.view(rows, length, -1))
-            query, key = _Rotate.apply(query, cos, sin), _Rotate.apply(key, cos, sin)
-            value = value.transpose(1, 2)
-            if read_too is not None:
-                read_too(number, key, value)
-            read = (_attend_short if short else _attend_long)(query, key, value, mask, heads)
-            return read.transpose(1, 2).reshape(rows * length, -1)
+            read = []
+            parts = qkv.split([group.tokens for group, *_ in settings])
+            for part, (group, cos, sin, mask) in zip(parts, settings, strict=True):
+                query, key, value = heads.split(group.padded(part))
+                query, key = _Rotate.apply(query, cos, sin), _Rotate.apply(key, cos, sin)
+                value = value.transpose(1, 2)
+                if read_too is not None:
+                    read_too(number, group.rows, key, value)
+                attention = _attend_short if group.length <= SHORT_SEQUENCE else _attend_long
+                read.append(group.real(attention(query, key, value, mask, heads).transpose(1, 2).flatten(2)))
+            return torch.cat(read) if len(read) > 1 else read[0]
 
-        x = model.get_input_embeddings()(input_ids).flatten(0, 1)
+        where = ragged.places(lengths, length)
+        x = model.get_input_embeddings()(ragged.gather(input_ids.view(-1, 1), where)[:, 0])
         for number, block in enumerate(blocks_of(model, dtype)):
             if recompute and torch.is_grad_enabled():
                 own = partial(attend, number)
                 x = checkpoint(block, x, own, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, partial(attend, number))
-        return norm(x, model.base_model.norm, dtype).view(rows, length, -1)
+        x = norm(x, model.base_model.norm, dtype)
+        return ragged.spread(x, where, rows * length).view(rows, length, -1)
 
 
 def blocks_of(model: PreTrainedModel, dtype: torch.dtype) -> list[Block]:
     return [Block.of(layer, dtype) for layer in model.base_model.layers]
+
+
+def _turns_of(group: Group, turns: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    rows = group.rows if len(turns[0]) > 1 else slice(None)
+    cos, sin = turns
+    return cos[rows, :, : group.length], sin[rows, :, : group.length]
+
+
+def _mask_of(group: Group, visible: Tensor | None, heads: Heads, dtype: torch.dtype) -> Tensor | None:
+    """To be added to the scores of short rows; else which tokens are seen, where it is not all before."""
+    seen = None if visible is None else visible[group.rows, : group.length, : group.length]
+    return _added_mask(heads, group.length, seen, dtype) if group.length <= SHORT_SEQUENCE else seen
 
 
 def _attend_short(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, heads: Heads) -> Tensor:

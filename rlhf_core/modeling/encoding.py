@@ -98,15 +98,16 @@ class TokenBatch:
     input_ids: Tensor  # (S, T) int64
     position_ids: Tensor | None  # (S, T) int64; None: one sequence to a row
     visible: Tensor | None  # (S, T, T) bool, True where a token (row) may see another (column); None likewise
+    lengths: tuple[int, ...]  # S, tokens of each row that are no padding; never falling
     predictors: Tensor  # (N,) int64, where in S * T the token before each response token stands, in row order
     last: Tensor  # (B,) int64, where in S * T the last response token stands
     responses: Tensor  # (B, R) int64, padded on the right
     response_mask: Tensor  # (B, R) bool, True on response tokens (EOS included)
 
     @property
-    def inputs(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def inputs(self) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[int, ...]]:
         """What a model is called with."""
-        return self.input_ids, self.position_ids, self.visible
+        return self.input_ids, self.position_ids, self.visible, self.lengths
 
     @property
     def num_tokens(self) -> int:
@@ -138,6 +139,7 @@ def make_batch(
     assert all(responses)
     assert all(prompts)
     rows = _fill_rows(prompts, responses, _same_prompts(prompts, responses), row_tokens)
+    rows.sort(key=len)  # rows of about one length attend together
     width = max(map(len, rows))
     shared = any(row.responses > 1 for row in rows)
 
@@ -153,6 +155,7 @@ def make_batch(
         input_ids=_pad([row.ids for row in rows], pad_token_id).to(device),
         position_ids=_pad([row.positions for row in rows], 0).to(device) if shared else None,
         visible=_visible(rows).to(device) if shared else None,
+        lengths=tuple(map(len, rows)),
         predictors=torch.tensor(predictors).to(device),
         last=torch.tensor(last).to(device),
         responses=_pad(responses, pad_token_id).to(device),

@@ -111,22 +111,24 @@ class StaticRows:
         self._cos, self._sin = cos[0, 0, :, None], sin[0, 0, :, None]  # (T, 1, d / 2)
 
     def enter(self, slots: Sequence[int], prompts: Sequence[Sequence[int]], copies: int) -> Tensor:
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        longest = int(lengths.max())
-        ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
-        for row, prompt in zip(ids, prompts, strict=True):
-            row[: len(prompt)] = torch.tensor(prompt)
-        where = torch.tensor(slots)
-        self._clean_to(longest)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        lengths = [len(prompts[i]) for i in order]
+        ids = torch.zeros(len(prompts), lengths[-1], dtype=torch.int64)
+        for row, i in zip(ids, order, strict=True):
+            row[: len(prompts[i])] = torch.tensor(prompts[i])
+        where = torch.tensor(slots).view(-1, copies)[order]
+        self._clean_to(lengths[-1])
 
-        def keep(number: int, keys: Tensor, values: Tensor) -> None:
-            self._keys[number, where, :, :longest] = keys.repeat_interleave(copies, dim=0)
-            self._values[number, where, :, :longest] = values.repeat_interleave(copies, dim=0)
+        def keep(number: int, rows: slice, keys: Tensor, values: Tensor) -> None:
+            own = where[rows].flatten()
+            self._keys[number, own, :, : keys.shape[2]] = keys.repeat_interleave(copies, dim=0)
+            self._values[number, own, :, : keys.shape[2]] = values.repeat_interleave(copies, dim=0)
 
-        hidden = blocks.last_hidden(self._model, ids, None, None, read_too=keep)
-        self._lengths[where] = lengths.repeat_interleave(copies)
-        last = hidden[torch.arange(len(prompts)), lengths - 1]
-        return self._head(last).repeat_interleave(copies, dim=0)
+        hidden = blocks.last_hidden(self._model, ids, None, None, lengths, read_too=keep)
+        self._lengths[where] = torch.tensor(lengths)[:, None]
+        last = hidden[torch.arange(len(prompts)), torch.tensor(lengths) - 1]
+        in_order = torch.tensor(order).argsort()
+        return self._head(last)[in_order].repeat_interleave(copies, dim=0)
 
     def step(self, tokens: Tensor) -> Tensor:
         self._pack(len(tokens))

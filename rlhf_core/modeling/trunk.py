@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
@@ -24,12 +24,14 @@ def last_hidden(
     input_ids: Tensor,
     position_ids: Tensor | None = None,
     visible: Tensor | None = None,
+    lengths: Sequence[int] | None = None,
     *,
     recompute_in: Callable[[], AbstractContextManager[object]] | None = None,
 ) -> Tensor:
     """Last hidden states (S, T, D) of rows padded on the right; the inputs are those of `TokenBatch`.
 
-    Llama-like models on a CPU are computed by `blocks`. Other models there attend to short rows by plain
+    Llama-like models on a CPU are computed by `blocks`, without the padding where `lengths` tells it; there
+    the states are 0. Other models there attend to short rows by plain
     matrix products: forward and backward of the whole take some 15 % less time than with the fused kernel.
     Long ones would need T x T scores in memory.
 
@@ -37,7 +39,9 @@ def last_hidden(
     again (Chen et al. 2016) inside that context: the one that makes the model what it is now.
     """
     if blocks.applies_to(model):
-        return blocks.last_hidden(model, input_ids, position_ids, visible, recompute=recompute_in is not None)
+        return blocks.last_hidden(
+            model, input_ids, position_ids, visible, lengths, recompute=recompute_in is not None
+        )
     eager = input_ids.device.type == "cpu" and input_ids.shape[1] <= SHORT_SEQUENCE
     mask = None if visible is None else visible[:, None]
     if mask is not None and eager:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -14,7 +16,7 @@ from transformers import (
 )
 
 from rlhf_core.config import LoRAConfig, RunConfig
-from rlhf_core.modeling import blocks, lora, products
+from rlhf_core.modeling import blocks, lora, products, ragged
 from rlhf_core.modeling.blocks import SHORT_SEQUENCE, Block
 from rlhf_core.modeling.encoding import make_batch
 from rlhf_core.modeling.loading import load_policy, load_tokenizer
@@ -110,6 +112,40 @@ def test_hidden_states_and_every_gradient_are_those_of_transformers(model, kind,
     assert_same_gradients(gradients(model, found), gradients(model, expected))
     with torch.no_grad():
         torch.testing.assert_close(last_hidden(model, *inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+LENGTHS = [3, 40, 41, 4, 90, 17]
+
+
+def test_products_see_no_padding_and_nothing_changes_for_real_tokens(model, monkeypatch):
+    torch.manual_seed(1)
+    ids = torch.randint(0, 97, (len(LENGTHS), max(LENGTHS)))
+    real = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
+    widths = []
+    plain = Block.__call__
+    monkeypatch.setattr(
+        Block, "__call__", lambda self, x, attend: widths.append(len(x)) or plain(self, x, attend)
+    )
+    found = last_hidden(model, ids, None, None, LENGTHS)
+    assert set(widths) == {sum(LENGTHS)}
+    expected = theirs(model, ids, None, None, LENGTHS, monkeypatch=monkeypatch)
+    torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-5)
+    assert not found[~real].any()
+    assert_same_gradients(gradients(model, found[real]), gradients(model, expected[real]))
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=12))
+def test_groups_hold_every_row_once_and_little_padding(lengths):
+    found = ragged.groups(lengths)
+    assert [i for group in found for i in range(len(lengths))[group.rows]] == list(range(len(lengths)))
+    for group in found:
+        own = lengths[group.rows]
+        assert group.length == max(own) <= ragged.STRETCH * min(own) + ragged.SLACK
+        x = torch.arange(float(group.tokens))[:, None] + 1.0
+        padded = group.padded(x)
+        assert padded.shape == (len(own), max(own), 1)
+        assert (padded[..., 0] > 0).sum(dim=1).tolist() == own
+        assert torch.equal(group.real(padded), x)
 
 
 def test_long_rows_are_attended_to_by_the_fused_kernel_with_the_same_numbers(llama, monkeypatch):

@@ -52,7 +52,8 @@ def test_short_prompts_and_rows_too_long_are_not_shared():
 
 def test_packing_fills_rows_with_the_longest_first():
     batch = make_batch([[1], [2], [3]], [[9] * 4, [9] * 6, [9] * 2], 0, CPU, row_tokens=10)
-    assert batch.input_ids.tolist() == [[2, 9, 9, 9, 9, 9, 9, 3, 9, 9], [1, 9, 9, 9, 9, 0, 0, 0, 0, 0]]
+    assert batch.input_ids.tolist() == [[1, 9, 9, 9, 9, 0, 0, 0, 0, 0], [2, 9, 9, 9, 9, 9, 9, 3, 9, 9]]
+    assert batch.lengths == (5, 10)
 
 
 rows = st.lists(
