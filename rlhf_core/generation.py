@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rlhf_core.config import SamplingConfig
 from rlhf_core.modeling.encoding import encode_prompt
+from rlhf_core.modeling.logprobs import CHUNK
 from rlhf_core.modeling.running import open_rows
 
 if TYPE_CHECKING:
@@ -57,6 +58,14 @@ def draw(logits: Tensor, uniforms: Tensor, sampling: SamplingConfig) -> tuple[Te
 
     logits (B, V), uniforms (B,) in [0, 1) -> (B,) int64 and (B,) float32.
     """
+    # Some rows at a time on a CPU: what stands between logits and token stays in the processor's cache.
+    rows = max(1, CHUNK // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
+    parts = zip(logits.split(rows), uniforms.split(rows), strict=True)
+    tokens, logprobs = zip(*(_draw(*part, sampling) for part in parts), strict=True)
+    return torch.cat(tokens), torch.cat(logprobs)
+
+
+def _draw(logits: Tensor, uniforms: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
     probs = filter_logits(logits, sampling).softmax(dim=-1)
     # Two steps, since the running sum of a whole vocabulary takes longer than all the rest here: first the
     # piece in which the token stands, then the token in it.
@@ -191,7 +200,8 @@ class _Desk:
     def _draw(self, table: Tensor) -> tuple[list[int], list[_Answer]]:
         """The next token of every answer: what to step each slot with, and the answers that it ends."""
         running = [(slot, answer) for slot, answer in enumerate(self._held) if answer is not None]
-        own = self._logits[[slot for slot, _ in running]]
+        every = len(running) == len(self._held)
+        own = self._logits if every else self._logits[[slot for slot, _ in running]]
         uniforms = table[[answer.row for _, answer in running], [len(answer.drawn) for _, answer in running]]
         tokens, logprobs = draw(own, uniforms.to(own.device), self._sampling)
         following = [0] * len(self._held)

@@ -58,11 +58,9 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        wide = x.float()
-        rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        rstd.add_(eps).rsqrt_()
+        normed, rstd = _normed(x, weight, eps, dtype)
         ctx.save_for_backward(x, weight, rstd)
-        return (wide * rstd).mul_(weight).to(dtype)
+        return normed
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -73,6 +71,13 @@ class _RMSNorm(torch.autograd.Function):
         wide = wide * weight
         mean = torch.linalg.vecdot(wide, normed).div_(x.shape[-1])[..., None]
         return wide.sub_(normed.mul_(mean)).mul_(rstd).to(x.dtype), grad_weight, None, None
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    wide = x.float()
+    rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().mul_(1.0 / x.shape[-1])
+    rstd.add_(eps).rsqrt_()
+    return torch.mul(wide * rstd, weight, out=torch.empty(x.shape, dtype=dtype)), rstd
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -160,7 +165,8 @@ class Block:
 
 
 def norm(x: Tensor, module: Any, dtype: torch.dtype) -> Tensor:
-    return _RMSNorm.apply(x, module.weight, module.variance_epsilon, dtype)
+    how = module.weight, module.variance_epsilon, dtype
+    return _RMSNorm.apply(x, *how) if torch.is_grad_enabled() else _normed(x, *how)[0]
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from rlhf_core.modeling import blocks, products
 from rlhf_core.modeling.blocks import Heads, norm, rotated
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PACKED_STEPS, PACKED_ROWS = 16, 64  # packing the weights pays from so many steps on, and up to so many rows
+GROWTH = 32
 
 
 class RunningRows(Protocol):
@@ -91,21 +93,21 @@ class CachedRows:
 
 
 class StaticRows:
-    """The blocks of `rlhf_core.modeling.blocks`, with room for all keys and values from the start.
+    """The blocks of `rlhf_core.modeling.blocks`, with keys and values in place for all slots.
 
-    A row that ended leaves its slot to the next one that enters. Memory is not touched before it is needed.
+    A row that ended leaves its slot to the next one that enters. Products over keys and values take half the
+    time where these are contiguous, so their memory is as wide as it is used, and grows by `GROWTH` columns.
     """
 
     joins = True
 
     def __init__(self, model: PreTrainedModel, slots: int, longest: int) -> None:
-        self._model, self._dtype = model, blocks.computing_type(model)
+        self._model, self._dtype, self._longest = model, blocks.computing_type(model), longest
         self._heads = heads = Heads.of(model)
         self._blocks = blocks.blocks_of(model, self._dtype)
-        shape = len(self._blocks), slots, heads.keys, longest, heads.size
         self._head: Product | PackedProduct = Product([model.get_output_embeddings()], self._dtype)
-        self._keys, self._values = (torch.empty(shape, dtype=self._dtype) for _ in range(2))
-        self._clean = 0  # columns that hold numbers everywhere: what is hidden must not be NaN
+        shape = 2, slots, heads.keys, 0, heads.size  # keys, then values
+        self._caches = [torch.empty(shape, dtype=self._dtype) for _ in self._blocks]
         self._lengths = torch.zeros(slots, dtype=torch.int64)
         cos, sin = blocks.rotation(model, torch.arange(longest)[None], self._dtype)
         self._cos, self._sin = cos[0, 0, :, None], sin[0, 0, :, None]  # (T, 1, d / 2)
@@ -117,12 +119,11 @@ class StaticRows:
         for row, i in zip(ids, order, strict=True):
             row[: len(prompts[i])] = torch.tensor(prompts[i])
         where = torch.tensor(slots).view(-1, copies)[order]
-        self._clean_to(lengths[-1])
+        self._widen(lengths[-1])
 
         def keep(number: int, rows: slice, keys: Tensor, values: Tensor) -> None:
-            own = where[rows].flatten()
-            self._keys[number, own, :, : keys.shape[2]] = keys.repeat_interleave(copies, dim=0)
-            self._values[number, own, :, : keys.shape[2]] = values.repeat_interleave(copies, dim=0)
+            both = torch.stack([keys, values]).repeat_interleave(copies, dim=1)
+            self._caches[number][:, where[rows].flatten(), :, : both.shape[3]] = both
 
         hidden = blocks.last_hidden(self._model, ids, None, None, lengths, read_too=keep)
         self._lengths[where] = torch.tensor(lengths)[:, None]
@@ -133,36 +134,40 @@ class StaticRows:
     def step(self, tokens: Tensor) -> Tensor:
         self._pack(len(tokens))
         heads, slots, lengths = self._heads, len(tokens), self._lengths
-        width = int(lengths.max()) + 1
-        self._clean_to(width)
+        self._widen(int(lengths.max()) + 1)
         cos, sin = self._cos[lengths], self._sin[lengths]
-        hidden_from = (torch.arange(width) > lengths[:, None])[:, None, None]  # (slots, 1, 1, T)
-        mask = torch.zeros(hidden_from.shape, dtype=self._dtype)
-        mask = mask.masked_fill_(hidden_from, torch.finfo(self._dtype).min)
-        mask = mask.expand(-1, heads.keys, -1, -1).reshape(slots * heads.keys, 1, width)
+        mask = self._mask()
         each = torch.arange(slots)
 
         def attend(number: int, qkv: Tensor) -> Tensor:
             own = qkv.view(slots, -1, heads.size)
             turned = rotated(own[:, : heads.queries + heads.keys], cos, sin)
-            keys, values = self._keys[number], self._values[number]
-            keys[each, :, lengths] = turned[:, heads.queries :]
-            values[each, :, lengths] = own[:, heads.queries + heads.keys :]
+            own[:, heads.queries : heads.queries + heads.keys] = turned[:, heads.queries :]
+            cache = self._caches[number]
+            cache[:, each, :, lengths] = own[:, heads.queries :].unflatten(1, (2, -1))
+            keys, values = cache.flatten(1, 2)
             query = turned[:, : heads.queries].reshape(slots * heads.keys, -1, heads.size)
-            seen = keys[:, :, :width].flatten(0, 1), values[:, :, :width].flatten(0, 1)
-            scores = torch.baddbmm(mask, query, seen[0].mT, alpha=heads.scale)
-            return (scores.softmax(dim=-1) @ seen[1]).view(slots, -1)
+            scores = torch.baddbmm(mask, query, keys.mT, alpha=heads.scale)
+            return (scores.softmax(dim=-1) @ values).view(slots, -1)
 
         with torch.autocast("cpu", enabled=False):
             x = self._model.get_input_embeddings()(tokens)
             for number, block in enumerate(self._blocks):
                 x = block(x, partial(attend, number))
-            self._lengths = (lengths + 1).clamp_(max=self._keys.shape[-2] - 1)
+            self._lengths = (lengths + 1).clamp_(max=self._longest - 1)
             return self._head(norm(x, self._model.base_model.norm, self._dtype))
+
+    def _mask(self) -> Tensor:
+        """0 for what a row holds, its next token included, and the type's least number beyond it."""
+        width = self._caches[0].shape[-2]
+        beyond = torch.arange(width) > self._lengths[:, None]  # (slots, T)
+        mask = torch.zeros(beyond.shape, dtype=self._dtype)
+        mask.masked_fill_(beyond, torch.finfo(self._dtype).min)
+        return mask.repeat_interleave(self._heads.keys, dim=0)[:, None]  # (slots KV, 1, T)
 
     def _pack(self, rows: int) -> None:
         """Before the first step, where enough of them follow: the first token need not wait for it."""
-        left = self._keys.shape[-2] - int(self._lengths.max())
+        left = self._longest - int(self._lengths.max())
         pays = left >= PACKED_STEPS and rows <= PACKED_ROWS and products.can_pack(self._dtype)
         if isinstance(self._head, Product) and pays:
             self._blocks = [block.packed(rows) for block in self._blocks]
@@ -173,15 +178,13 @@ class StaticRows:
 
     def keep(self, slots: Tensor) -> None:
         """Go on with these slots only, numbered anew."""
-        width = self._clean
-        for number in range(len(self._blocks)):
-            for cache in (self._keys, self._values):
-                cache[number, : len(slots), :, :width] = cache[number, slots, :, :width]
-        self._keys, self._values = self._keys[:, : len(slots)], self._values[:, : len(slots)]
+        for number, cache in enumerate(self._caches):
+            self._caches[number] = cache[:, slots]
         self._lengths = self._lengths[slots]
 
-    def _clean_to(self, width: int) -> None:
-        if width > self._clean:
-            for cache in (self._keys, self._values):
-                cache[..., self._clean : width, :] = 0.0
-            self._clean = width
+    def _widen(self, width: int) -> None:
+        """Room for so many tokens, of zeros: what the mask hides must not be NaN."""
+        more = -(-width // GROWTH) * GROWTH - self._caches[0].shape[-2]
+        if more > 0:
+            for number, cache in enumerate(self._caches):
+                self._caches[number] = F.pad(cache, (0, 0, 0, more))
