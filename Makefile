@@ -60,12 +60,14 @@ format: $(VENV)/.installed-dev  ## put the code into the house style
 	@ruff check --fix .
 	@ruff format .
 
-bench: $(VENV)/.installed  ## generation beside transformers, and passes beside the machine's ceiling
-	@python -m benchmarks.speed $(ARGS)
+bench: $(VENV)/.installed  ## generation beside transformers, and how cost grows with length, batch and model
+	@dvc repro -q base prepare
+	@rlhf bench generation
+	@rlhf bench growth
 
 bench-peers: $(VENV)/.installed  ## training beside TRL's, which gets environments of its own
 	@dvc repro -q base prepare
-	@python -m benchmarks.peers $(ARGS)
+	@rlhf bench peers $(ARGS)
 
 clean:  ## remove what runs made; keeps the virtual environment and the DVC cache
 	rm -rf data/prepared data/preferences data/quarantine.jsonl models reports .rlhf/runs .rlhf/staging

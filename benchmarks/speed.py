@@ -1,4 +1,4 @@
-"""Generation beside transformers' own, and passes through the trunk beside the machine's ceiling.
+"""Generation beside transformers' own: `python -m benchmarks.speed` (`rlhf bench generation`).
 
 All in one run, alternating, since only ratios mean anything on a shared machine. Needs models/base.
 """
@@ -16,15 +16,14 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import GenerationConfig
 
 from benchmarks.endless import EndlessTokenizer
 from rlhf_core.config import SamplingConfig, load_params
 from rlhf_core.generation import generate
 from rlhf_core.layout import Layout
-from rlhf_core.modeling.encoding import encode_prompt, make_batch
-from rlhf_core.modeling.flops import Flops
+from rlhf_core.modeling.encoding import encode_prompt
 from rlhf_core.modeling.loading import load_policy
-from rlhf_core.modeling.roles import AdapterRoles
 
 QUESTIONS = (
     "How are you today?",
@@ -81,6 +80,18 @@ class Writers:
             batch_size=rows,
         )
 
+    def continuous(self, new_tokens: int) -> None:
+        """transformers' continuous batching; for several answers to a prompt it is given again."""
+        wanted = GenerationConfig(
+            max_new_tokens=new_tokens,
+            do_sample=True,
+            top_k=0,
+            eos_token_id=-1,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        ids = [p for p in self.ids for _ in range(self.copies)]
+        self.model.generate_batch(inputs=ids, generation_config=wanted, progress_bar=False)
+
     def transformers(self, new_tokens: int) -> None:
         longest = max(map(len, self.ids))
         pad = self.tokenizer.pad_token_id
@@ -104,6 +115,8 @@ def generation(model: Any, tokenizer: Any, repeats: int) -> Table:
     for prompts, copies in ((1, 1), (16, 1), (64, 1), (16, 4)):
         writers = Writers(model, tokenizer, prompts, copies)
         engines = {"transformers.generate": writers.transformers, "this project": writers.ours}
+        if (prompts, copies) == (16, 1):  # on a CPU it takes long
+            engines["transformers, continuous batching"] = writers.continuous
         whole = measure({name: lambda w=w: w(NEW_TOKENS) for name, w in engines.items()}, repeats)
         first = measure({name: lambda w=w: w(1) for name, w in engines.items()}, repeats)
         slowest = statistics.median(whole["transformers.generate"])
@@ -119,47 +132,8 @@ def generation(model: Any, tokenizer: Any, repeats: int) -> Table:
     return table
 
 
-def passes(model: Any, tokenizer: Any, lora: Any, repeats: int) -> Table:
-    """Growth: time and new memory of passes at longer rows and larger batches."""
-    roles = AdapterRoles(model, tokenizer, lora)
-    roles.add("policy", seed=0)
-    flops = Flops.of(model, "lora")
-    ceiling = matrix_ceiling(model.dtype, model.device)
-    table = Table(title=f"Passes through the trunk with LoRA; ceiling {ceiling / 1e9:.0f} GFLOP/s")
-    for column in ("rows x tokens", "pass", "ms a token (range)", "share of ceiling"):
-        table.add_column(column)
-    for rows, length in ((4, 256), (16, 256), (1, 1024), (1, 4096)):
-        batch = make_batch(
-            [[5 + i] for i in range(rows)],
-            [[7] * (length - 1)] * rows,
-            tokenizer.pad_token_id,
-            model.device,
-        )
-
-        def forward(inputs: Any = batch.inputs) -> None:
-            with torch.no_grad():
-                roles.hidden("policy", *inputs)
-
-        def training(inputs: Any = batch.inputs) -> None:
-            roles.hidden("policy", *inputs).float().sum().backward()
-
-        tokens = rows * length
-        for name, seconds in measure({"forward": forward, "training": training}, repeats).items():
-            need = (flops.forward if name == "forward" else flops.training)(tokens)
-            median = statistics.median(seconds)
-            table.add_row(
-                f"{rows} x {length}",
-                name,
-                f"{1000 * median / tokens:.2f} ({1000 * min(seconds) / tokens:.2f} to "
-                f"{1000 * max(seconds) / tokens:.2f})",
-                f"{need / median / ceiling:.0%}",
-            )
-    return table
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", default=["generation", "passes"])
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     layout = Layout(Path.cwd())
@@ -167,10 +141,7 @@ def main() -> None:
         sys.exit("models/base is missing: `dvc repro base` makes it")
     params = load_params(layout.params)
     model, tokenizer = load_policy(layout.model("base"), params.run)
-    if "generation" in options.parts:
-        Console().print(generation(model, tokenizer, options.repeats))
-    if "passes" in options.parts:
-        Console().print(passes(model, tokenizer, params.model.lora, options.repeats))
+    Console().print(generation(model, tokenizer, options.repeats))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import typer
 
 from rlhf_core.commands.chat import chat
 from rlhf_core.commands.data import app as data_app
-from rlhf_core.errors import LostRankError, RLHFError
+from rlhf_core.errors import InputError, LostRankError, RLHFError
 from rlhf_core.layout import Layout
 from rlhf_core.stages import SHARED, STAGES
 
@@ -59,6 +59,7 @@ QUIET = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 
+BENCHMARKS = {"generation": "speed", "growth": "growth", "peers": "peers"}  # modules of benchmarks/
 PARENT_DEATH_VARIABLE = "RLHF_DIE_WITH_PARENT"
 PR_SET_PDEATHSIG = 1
 INTERRUPTED = 130
@@ -150,6 +151,21 @@ def runs(context: typer.Context) -> None:
 def up() -> None:
     """Start the Prefect server, a worker, the deployments and the MLflow server on this machine."""
     _become("flows.up", [])
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
+)
+def bench(context: typer.Context) -> None:
+    """Measure speed in this checkout: `bench generation`, `bench growth` or `bench peers CASE ...`."""
+    part, *options = context.args or ["--help"]
+    if part not in BENCHMARKS:
+        raise InputError(
+            f"rlhf bench {part}: name one of {', '.join(BENCHMARKS)}, then its options or --help"
+        )
+    if not Path("benchmarks").is_dir():
+        raise InputError("the benchmarks are in the project's checkout; run `rlhf bench` there")
+    _become(f"benchmarks.{BENCHMARKS[part]}", options)
 
 
 @app.command()

@@ -60,6 +60,19 @@ def test_batch_size_that_does_not_divide(workspace, capsys):
     assert "ppo.rollout_batch_size (32) must be a multiple of ppo.minibatch_size (12)" in said
 
 
+@pytest.mark.parametrize("arguments", [["bench"], ["bench", "speeed"]])
+def test_unknown_benchmark(workspace, capsys, arguments):
+    status, said = fails(capsys, *arguments)
+    assert status == 2
+    assert "name one of generation, growth, peers" in said
+
+
+def test_benchmarks_are_the_checkouts(workspace, capsys):
+    status, said = fails(capsys, "bench", "growth")
+    assert status == 2
+    assert "in the project's checkout" in said
+
+
 def test_missing_default_model(workspace, capsys, monkeypatch):
     monkeypatch.setattr(base, "PACKAGE_MODULE", "no_such_package")
     status, said = fails(capsys, "base")

@@ -7,7 +7,9 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -15,10 +17,9 @@ import torch
 
 from benchmarks.endless import EndlessTokenizer
 from rlhf_core.config import Params, PPOConfig, load_params
-from rlhf_core.generation import Generation
 from rlhf_core.modeling.loading import load_policy, load_tokenizer
 from rlhf_core.modeling.reward import Normalisation, ScalarHead, scorer_of_roles
-from rlhf_core.modeling.roles import REFERENCE, FullRoles, Roles, adapter_roles
+from rlhf_core.modeling.roles import REFERENCE, AdapterRoles, FullRoles, Roles, adapter_roles
 from rlhf_core.optim import make_optimizer
 from rlhf_core.rl import rollout as rollouts
 from rlhf_core.rl.ppo import update
@@ -72,10 +73,32 @@ def make_actors(case: dict, params: Params) -> Actors:
     return Actors(roles, heads[1], scorer)
 
 
+def watch(phases: dict[str, float]) -> None:
+    """Add up in `phases` what generation, each model's passes and the log-probabilities take."""
+
+    def timed(name: Callable[..., str], function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **named: Any) -> Any:
+            started = time.perf_counter()
+            found = function(*arguments, **named)
+            phase = name(*arguments)
+            phases[phase] = phases.get(phase, 0.0) + time.perf_counter() - started
+            return found
+
+        return wrapped
+
+    rollouts.generate = timed(lambda *_: "generation", rollouts.generate)
+    rollouts.token_logprobs = timed(lambda *_: "logprobs", rollouts.token_logprobs)
+    for kind in (FullRoles, AdapterRoles):
+        kind.logits = timed(lambda *_: "logprobs", kind.logits)  # type: ignore[method-assign]
+        kind.hidden = timed(lambda roles, role, *_: role, kind.hidden)  # type: ignore[method-assign]
+
+
 def main() -> None:
     case = json.loads(Path(sys.argv[1]).read_text())
     params = params_of(case)
     config: PPOConfig = params.ppo
+    phases: dict[str, float] = {}
+    watch(phases)
     actors = make_actors(case, params)
     optimizers = (
         make_optimizer(actors.policy_parameters(), config.learning_rate, eps=ADAM_EPS),
@@ -83,29 +106,22 @@ def main() -> None:
     )
     conversations = case["conversations"] * (1 + (case["batches"] + 2) * case["batch"])
     seconds, tokens = [], []
-    phases = {"generation": 0.0, "rollout": 0.0, "update": 0.0}
-    plain = rollouts.generate
-
-    def generate(*arguments: object, **named: object) -> list[list[Generation]]:
-        started = time.perf_counter()
-        found = plain(*arguments, **named)
-        phases["generation"] += time.perf_counter() - started
-        return found
-
-    rollouts.generate = generate
     for number in range(case["batches"] + 1):
-        if number == 1:
-            phases = dict.fromkeys(phases, 0.0)
         rows = conversations[number * case["batch"] : (number + 1) * case["batch"]]
+        if number == 1:
+            phases.clear()
         started = time.perf_counter()
         rollout = collect(actors, rows, config, number)
         collected = time.perf_counter()
+        within = dict(phases)
         update(actors, *optimizers, rollout, config, number)
         ended = time.perf_counter()
+        phases.clear()  # the update called the same functions
+        phases.update(within)
         seconds.append(ended - started)
         tokens.append(int(rollout.response_mask.sum()))
-        phases["rollout"] += collected - started
-        phases["update"] += ended - collected
+        phases["rollout"] = phases.get("rollout", 0.0) + collected - started
+        phases["update"] = phases.get("update", 0.0) + ended - collected
     print(
         json.dumps(
             {

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +85,7 @@ class AdapterRoles:
 
         self._model = sharding.unsharded(self._model, build)
 
-    def hidden(self, role: str, *inputs: Tensor | None) -> Tensor:
+    def hidden(self, role: str, *inputs: Any) -> Tensor:
         """Last hidden states (S, T, D) of `TokenBatch.inputs`."""
         with self.using(role) as model:
             again = partial(self.using, role) if self._recompute else None
@@ -148,7 +148,7 @@ class FullRoles:
             if any(p.requires_grad for p in model.parameters()):
                 self._models[role] = sharding.unsharded(model, partial(like, model))
 
-    def hidden(self, role: str, *inputs: Tensor | None) -> Tensor:
+    def hidden(self, role: str, *inputs: Any) -> Tensor:
         with self.using(role) as model:
             again = partial(self.using, role) if self._recompute else None
             return last_hidden(model, *inputs, recompute_in=again)
