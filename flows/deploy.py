@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from uuid import UUID
 
 from prefect import flow
 from prefect.client.orchestration import get_client
@@ -33,13 +34,21 @@ def make_pool() -> None:
             client.update_work_queue(queue.id, concurrency_limit=limit)
 
 
-def deploy(root: Path) -> None:
-    """The deployment `train/train`, which works in `root`."""
-    flow.from_source(source=str(root), entrypoint="flows/train.py:train").deploy(
-        name="train",
+DEPLOYED = {
+    "train": "Data, SFT, reward model, PPO, evaluation; registers the policy as candidate.",
+    "promote": "Compare a candidate with the champion, wait for a person, move the aliases.",
+    "rollback": "Make the champion before the last one the champion again.",
+}
+
+
+def deploy(root: Path, name: str) -> UUID:
+    """The deployment NAME/NAME of the flow of that name, which works in `root`."""
+    on_gpu = gpus.visible() and name != "rollback"
+    return flow.from_source(source=str(root), entrypoint=f"flows/{name}.py:{name}").deploy(
+        name=name,
         work_pool_name=POOL,
-        work_queue_name="gpu" if gpus.visible() else "cpu",
-        description="Data, SFT, reward model, PPO, evaluation; registers the policy as candidate.",
+        work_queue_name="gpu" if on_gpu else "cpu",
+        description=DEPLOYED[name],
         tags=["rlhf"],
         build=False,
         push=False,
@@ -49,5 +58,6 @@ def deploy(root: Path) -> None:
 
 if __name__ == "__main__":
     make_pool()
-    deploy(Path.cwd().resolve())
-    automations.ensure()
+    made = {name: deploy(Path.cwd().resolve(), name) for name in DEPLOYED}
+    automations.ensure(automations.crash_silent_runs())
+    automations.ensure(automations.compare_candidates(made["promote"]))

@@ -20,6 +20,12 @@ SENTENCES = {
 }
 MARKS = {True: "\N{CHECK MARK}", False: "\N{BALLOT X}"}
 OUTCOMES = {1.0: "candidate wins", 0.5: "tie", 0.0: "opponent wins"}
+FOOTER = (
+    '<footer class="soft"><p>The win rate counts a prompt once: its comparisons in both orders are averaged. '
+    "The lower bound is Wilson's score bound with the variance of ties taken out; the chance is that of an "
+    "exact randomisation test over prompts. Values of guard-rails are estimates on these prompts. Every "
+    "answer and outcome stands in results.jsonl, every number in report.json.</p></footer>"
+)
 STYLE = (
     ".holds { color: var(--good); } .broken { color: var(--bad); font-weight: 600; } "
     ".verdict ul { margin: 8px 0 0; font-size: 1rem; } "
@@ -57,34 +63,43 @@ def line(card: Card) -> str:
 def markdown(card: Card, samples: int = 3) -> str:
     """For an artifact or the description of a form; shows `samples` of the prompts."""
     verdict = card.verdict
-    parts = [
-        f"## {card.candidate} against {card.opponent}", f"**{SENTENCES[verdict.outcome]}**",
-        f"{card.headline}. Judge: {card.judge}.", *([*(f"- {reason}" for reason in verdict.reasons)] and
-        ["\n".join(f"- {r}" for r in verdict.reasons)]), "| | guard-rail | value | must be |\n| --- | --- |
-        --- | --- |\n" + "\n".join(
-            f"| {MARKS[rail.holds]} | {rail.name.replace('_', ' ')} | {rail.value:.3g} | {rail.rule} |"
-            for rail in verdict.rails
-        ),
+    rails = [
+        f"| {MARKS[rail.holds]} | {rail.name.replace('_', ' ')} | {rail.value:.3g} | {rail.rule} |"
+        for rail in verdict.rails
     ]
-    for row in card.rows[:samples]:
-        ours, theirs = row["candidate"][0]["text"], row["opponent"][0]["text"]
-        parts.append(
-            f"**{_flat(row['prompt'])}** ({_outcome(row)})\n\n"
-            f"- candidate: {_flat(ours)}\n- opponent: {_flat(theirs)}"
-        )
-    return "\n\n".join(parts) + "\n"
+    parts = [
+        f"## {card.candidate} against {card.opponent}",
+        f"**{SENTENCES[verdict.outcome]}**",
+        f"{card.headline}. Judge: {card.judge}.",
+        "\n".join(f"- {reason}" for reason in verdict.reasons),
+        "\n".join(["| | guard-rail | value | must be |", "| --- | --- | --- | --- |", *rails]),
+        *map(_markdown_sample, card.rows[:samples]),
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _markdown_sample(row: Row) -> str:
+    ours, theirs = row["candidate"][0]["text"], row["opponent"][0]["text"]
+    return (
+        f"**{_flat(row['prompt'])}** ({_outcome(row)})\n\n"
+        f"- candidate: {_flat(ours)}\n- opponent: {_flat(theirs)}"
+    )
 
 
 def html(card: Card) -> str:
     """The page: one file that loads nothing, and a repetition gives the same bytes."""
     parts = [
-        f"<h1>{escape(card.candidate)} against {escape(card.opponent)}</h1>", f'<p
-        class="soft">{card.verdict.gate.num_prompts} held-out prompts, judge {escape(card.judge)} in both '
-        f"orders, {escape(card.decoding)}, the same random numbers for both.</p>", _verdict(card),
-        f'<section class="cards">{_cards(card)}</section>', "<h2>Guard-rails</h2>",
-        _rails(card.verdict.rails), "<h2>Samples</h2>", '<p class="soft">Prompts in the order drawn by the
-        seed; nothing was picked by hand.</p>', *(_sample(row, card) for row in card.rows[:
-        card.num_samples]), _footer(card),
+        f"<h1>{escape(card.candidate)} against {escape(card.opponent)}</h1>",
+        f'<p class="soft">{card.verdict.gate.num_prompts} held-out prompts, judge {escape(card.judge)} in '
+        f"both orders, {escape(card.decoding)}, the same random numbers for both.</p>",
+        _verdict(card),
+        f'<section class="cards">{_cards(card)}</section>',
+        "<h2>Guard-rails</h2>",
+        _rails(card.verdict.rails),
+        "<h2>Samples</h2>",
+        '<p class="soft">Prompts in the order drawn by the seed; nothing was picked by hand.</p>',
+        *map(_sample, card.rows[: card.num_samples]),
+        FOOTER,
     ]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -99,9 +114,7 @@ def _verdict(card: Card) -> str:
     verdict = card.verdict
     reasons = "".join(f"<li>{escape(reason)}</li>" for reason in verdict.reasons)
     listed = f"<ul>{reasons}</ul>" if reasons else ""
-    return (
-        f'<div class="verdict {TONES[verdict.outcome]}">{escape(SENTENCES[verdict.outcome])}{listed}</div>'
-    )
+    return f'<div class="verdict {TONES[verdict.outcome]}">{escape(SENTENCES[verdict.outcome])}{listed}</div>'
 
 
 def _cards(card: Card) -> str:
@@ -136,7 +149,7 @@ def _rails(rails: Sequence[GuardRail]) -> str:
     return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
-def _sample(row: Row, card: Card) -> str:
+def _sample(row: Row) -> str:
     answers = "".join(
         f'<div class="answer {side}"><span class="soft">{escape(side)}{_score(row[side][0])}</span>'
         f"<p>{escape(row[side][0]['text']) or '<i>(empty)</i>'}</p></div>"
@@ -166,13 +179,3 @@ def _flat(text: str) -> str:
     for mark in "\\`*_[]|#":
         plain = plain.replace(mark, f"\\{mark}")
     return plain or "(empty)"
-
-
-def _footer(card: Card) -> str:
-    return (
-        '<footer class="soft"><p>The win rate counts a prompt once: its comparisons in both orders are
-        averaged. ' "The lower bound is Wilson's score bound with the variance of ties taken out; the "
-        "chance is that of an " "exact randomisation test over prompts. Values of guard-rails are estimates
-        on these prompts. Every " "answer and outcome stands in results.jsonl, every number in
-        report.json.</p></footer>"
-    )
