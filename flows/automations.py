@@ -1,4 +1,4 @@
-"""What the Prefect server does by itself: mark silent runs as crashed, and compare new candidates.
+"""What the Prefect server does by itself: a run that has gone silent is marked as crashed.
 
 A run whose process or machine is killed cannot say so, and an own server has nothing that notices: it would
 stay "Running" for ever. Runs of deployments send a heartbeat; when three in a row are missing, so does this.
@@ -8,19 +8,16 @@ A crashed run can be retried from its page, and goes on from the last checkpoint
 from __future__ import annotations
 
 from datetime import timedelta
-from uuid import UUID
 
 from prefect.automations import Automation
 from prefect.client.schemas.objects import StateType
-from prefect.events.actions import ChangeFlowRunState, RunDeployment
+from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
 
 from flows.up import HEARTBEAT_SECONDS
-from tasks.registry import REGISTERED
 
 NAME = "rlhf: mark silent runs as crashed"
-COMPARE = "rlhf: compare new candidates"
 BEATS_MISSED = 3
 HEARTBEAT = "prefect.flow-run.heartbeat"
 ENDS = ("Completed", "Failed", "Cancelled", "Crashed", "Paused", "Suspended")
@@ -49,27 +46,11 @@ def crash_silent_runs() -> Automation:
     )
 
 
-def compare_candidates(promote: UUID) -> Automation:
-    """Starts the deployment `promote` when `train` has registered a candidate."""
-    version = {"__prefect_kind": "jinja", "template": "{{ event.payload.version }}"}
-    return Automation(
-        name=COMPARE,
-        description="A candidate was registered: compare it with the champion, then wait for a person.",
-        trigger=EventTrigger(
-            expect={REGISTERED},
-            posture=Posture.Reactive,
-            threshold=1,
-        ),
-        actions=[
-            RunDeployment(source="selected", deployment_id=promote, parameters={"version": version}),
-        ],
-    )
-
-
-def ensure(wanted: Automation) -> None:
-    """Make an automation on the server that PREFECT_API_URL names, in place of an older one of its name."""
+def ensure() -> None:
+    """Make the automation on the server that PREFECT_API_URL names, in place of an older one of its name."""
+    wanted = crash_silent_runs()
     try:
-        found = Automation.read(name=wanted.name)
+        found = Automation.read(name=NAME)
     except ValueError:  # there is none
         wanted.create()
         return

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from uuid import UUID
 
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.exceptions import ObjectAlreadyExists
 
-from flows import automations
+from flows import automations, promotions
 from flows.up import POOL
 from tasks import gpus
 
@@ -34,21 +33,13 @@ def make_pool() -> None:
             client.update_work_queue(queue.id, concurrency_limit=limit)
 
 
-DEPLOYED = {
-    "train": "Data, SFT, reward model, PPO, evaluation; registers the policy as candidate.",
-    "promote": "Compare a candidate with the champion, wait for a person, move the aliases.",
-    "rollback": "Make the champion before the last one the champion again.",
-}
-
-
-def deploy(root: Path, name: str) -> UUID:
-    """The deployment NAME/NAME of the flow of that name, which works in `root`."""
-    on_gpu = gpus.visible() and name != "rollback"
-    return flow.from_source(source=str(root), entrypoint=f"flows/{name}.py:{name}").deploy(
-        name=name,
+def deploy(root: Path) -> None:
+    """The deployment `train/train`, which works in `root`."""
+    flow.from_source(source=str(root), entrypoint="flows/train.py:train").deploy(
+        name="train",
         work_pool_name=POOL,
-        work_queue_name="gpu" if on_gpu else "cpu",
-        description=DEPLOYED[name],
+        work_queue_name="gpu" if gpus.visible() else "cpu",
+        description="Data, SFT, reward model, PPO, evaluation; registers the policy as candidate.",
         tags=["rlhf"],
         build=False,
         push=False,
@@ -58,6 +49,6 @@ def deploy(root: Path, name: str) -> UUID:
 
 if __name__ == "__main__":
     make_pool()
-    made = {name: deploy(Path.cwd().resolve(), name) for name in DEPLOYED}
-    automations.ensure(automations.crash_silent_runs())
-    automations.ensure(automations.compare_candidates(made["promote"]))
+    deploy(Path.cwd().resolve())
+    automations.ensure()
+    promotions.deploy_all(Path.cwd().resolve())
