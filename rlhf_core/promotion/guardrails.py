@@ -114,7 +114,7 @@ def guard_rails(found: Measurements, config: PromotionConfig) -> list[GuardRail]
 
 
 def ratio(ours: float, theirs: float) -> float:
-    """ours / theirs; 1 where both are 0, and nan, which no bound lets pass, where only the other is."""
+    """ours / theirs; 1 where both are 0, without bound where only the other is."""
     if theirs == 0:
-        return 1.0 if ours == 0 else math.nan
+        return 1.0 if ours == 0 else math.inf
     return ours / theirs
