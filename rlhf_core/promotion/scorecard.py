@@ -175,7 +175,7 @@ def _outcome(row: Row) -> str:
 
 def _flat(text: str) -> str:
     """On one line, with nothing that Markdown or HTML would read as its own."""
-    plain = " ".join(escape(text).split())
+    plain = " ".join(escape(text, quote=False).split())
     for mark in "\\`*_[]|#":
         plain = plain.replace(mark, f"\\{mark}")
     return plain or "(empty)"
