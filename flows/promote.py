@@ -9,6 +9,7 @@ neither process nor GPU while it waits.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import sys
@@ -35,7 +36,17 @@ from rlhf_core.errors import RLHFError
 from rlhf_core.layout import Layout
 from tasks import decisions, gpus, promotion, workspace
 
+APPROVALS = ("as in params.yaml", "person", "auto")
 APPROVAL_KEY = "approval"  # the same when the flow is taken up again, so it finds the answer
+
+
+class WithoutTraceback(logging.Filter):
+    """An expected failure is told by its message; its traceback would only hide it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and isinstance(record.exc_info[1], RLHFError):
+            record.exc_info = record.exc_text = None
+        return True
 
 
 class Approval(RunInput):
@@ -86,6 +97,8 @@ def promote(
         approval: who says yes once the gate holds.
         overrides: values of params.yaml for this promotion only, such as `promotion.margin=0.05`.
     """
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).addFilter(WithoutTraceback())
     root = Path.cwd().resolve()
     params = read_params(root, overrides)
     origin = {"prefect.flow_run": str(flow_run.id)}
@@ -116,7 +129,7 @@ def main() -> None:
         prog="rlhf promote", description="Compare a candidate with the champion."
     )
     parser.add_argument("--version", default="")
-    parser.add_argument("--approval", default="as in params.yaml")
+    parser.add_argument("--approval", default=APPROVALS[0], choices=APPROVALS)
     parser.add_argument("-S", "--set", dest="overrides", action="append", default=[])
     options = parser.parse_args()
     root = Path.cwd().resolve()

@@ -6,6 +6,7 @@ import json
 import re
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -53,7 +54,7 @@ def test_a_candidate_that_learnt_nothing_is_not_promoted_and_says_why(finished):
     assert candidate.tags["sft_model"] == "rlhf-policy-sft/1"
     reward = client.get_model_version("rlhf-policy-reward", "1")
     assert reward.tags["dvc.md5"] == candidate.tags["dvc.models.reward"]
-    facts = json.loads(open(f"{reward.source.removeprefix('file://')}/provenance.json").read())
+    facts = json.loads(Path(reward.source.removeprefix("file://"), "provenance.json").read_text())
     assert "dvc pull models/reward" in facts["fetch"]
     done = run(["rlhf", "promote"], checkout)
     assert done.returncode == 3, done.stderr[-2000:]
