@@ -10,7 +10,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.exceptions import ObjectAlreadyExists
 
-from flows import automations
+from flows import automations, promotions
 from flows.up import POOL
 from tasks import gpus
 
@@ -51,3 +51,4 @@ if __name__ == "__main__":
     make_pool()
     deploy(Path.cwd().resolve())
     automations.ensure()
+    promotions.deploy_all(Path.cwd().resolve())

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from rlhf_core.commands import promotion as promotion_commands
 from rlhf_core.commands.chat import chat
 from rlhf_core.commands.data import app as data_app
 from rlhf_core.errors import InputError, LostRankError, RLHFError
@@ -199,6 +200,9 @@ def _become(module: str, options: list[str]) -> NoReturn:
     """Replace this process, so that signals and the exit status are the flow's own."""
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", module, *options])
+
+
+promotion_commands.add_to(app, _become)
 
 
 def main() -> None:

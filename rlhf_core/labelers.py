@@ -74,7 +74,7 @@ class FunctionLabeler:
 
     def __init__(self, target: str, root: Path) -> None:
         self._target = target
-        self._function = _import_function(target, root)
+        self._function = import_function(target, root)
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         """Raises InputError when the function gives the wrong number of scores, or one that is no number."""
@@ -98,7 +98,7 @@ class FunctionLabeler:
         return value
 
 
-def _import_function(target: str, root: Path) -> Callable[[list[str], list[str]], Sequence[float]]:
+def import_function(target: str, root: Path) -> Callable[[list[str], list[str]], Sequence[float]]:
     module_name, _, name = target.partition(":")
     with _importable(root):
         try:
@@ -127,22 +127,24 @@ def _importable(root: Path) -> Iterator[None]:
 class JudgeLabeler:
     """A local chat model; the score is its log-odds of "yes" against "no" as the first word of its reply."""
 
-    def __init__(self, path: Path, run: RunConfig) -> None:
+    def __init__(self, path: Path, run: RunConfig, words: tuple[str, str] = ("yes", "no")) -> None:
         from rlhf_core.modeling.loading import load_policy
 
         self._model, self._tokenizer = load_policy(path, run)
-        self._yes, self._no = _reply_tokens(self._tokenizer, path)
+        self._yes, self._no = _reply_tokens(self._tokenizer, path, words)
 
     def score(self, prompts: Sequence[str], responses: Sequence[str], batch_size: int = 16) -> list[float]:
-        from rlhf_core.modeling.encoding import encode_prompt
-
-        questions = [
-            encode_prompt(
-                self._tokenizer,
-                [{"role": "user", "content": QUESTION.format(prompt=prompt, response=response)}],
-            )
+        asked = [
+            QUESTION.format(prompt=prompt, response=response)
             for prompt, response in zip(prompts, responses, strict=True)
         ]
+        return self.log_odds(asked, batch_size)
+
+    def log_odds(self, asked: Sequence[str], batch_size: int = 16) -> list[float]:
+        """Log-odds of the first of the two words against the second, as the reply to each question."""
+        from rlhf_core.modeling.encoding import encode_prompt
+
+        questions = [encode_prompt(self._tokenizer, [{"role": "user", "content": text}]) for text in asked]
         order = sorted(range(len(questions)), key=lambda i: len(questions[i]))
         scores = [0.0] * len(questions)
         for start in range(0, len(order), batch_size):
@@ -168,16 +170,18 @@ class JudgeLabeler:
         return odds.tolist()
 
 
-def _reply_tokens(tokenizer: Any, path: Path) -> tuple[list[int], list[int]]:
-    """First tokens of the spellings of yes and of no, without those that begin both (a lone space)."""
+def _reply_tokens(tokenizer: Any, path: Path, words: tuple[str, str]) -> tuple[list[int], list[int]]:
+    """First tokens of the spellings of each word, without those that begin both (a lone space)."""
 
     def first_tokens(word: str) -> set[int]:
         spellings = (word, word.capitalize(), f" {word}", f" {word.capitalize()}")
         return {tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in spellings}
 
-    yes, no = first_tokens("yes"), first_tokens("no")
+    yes, no = map(first_tokens, words)
     if not yes - no or not no - yes:
-        raise InputError(f"judge {path}: its tokenizer does not tell the beginnings of yes and no apart")
+        raise InputError(
+            f"judge {path}: its tokenizer does not tell the beginnings of {' and '.join(words)} apart"
+        )
     return sorted(yes - no), sorted(no - yes)
 
 

@@ -239,5 +239,7 @@ def registered_model_dir(uri: str, root: Path) -> Path:
         local = Path(mlflow.artifacts.download_artifacts(location))
     except (MlflowException, OSError) as error:
         raise InputError(f"{uri}: no such registered model in {tracking_uri(root)}: {error}") from None
-    (found,) = local.glob("artifacts/*/config.json")
+    found = next(local.glob("artifacts/*/config.json"), None)
+    if found is None:
+        raise InputError(f"{uri}: holds no weights; {local}/provenance.json says where DVC has them")
     return found.parent

@@ -21,6 +21,7 @@ SHOWN_SAMPLES = 3
 STYLES = {"sft": "blue", "policy": "dark_orange"}
 NEXT_STEPS = (
     ("rlhf chat --compare", "talk to SFT and policy side by side"),
+    ("rlhf promote", "compare the candidate with the champion"),
     ("make up", "Prefect and MLflow in the browser"),
     ("rlhf run -S ppo.kl_coef=0.1", "change a value, run what it touches"),
     ("dvc push", "copy data and models to the DVC remote"),

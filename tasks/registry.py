@@ -1,4 +1,4 @@
-"""The run in MLflow as a whole, and the policy in its registry."""
+"""The run in MLflow as a whole, and what it made in the registry: the policy, and two models behind it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,17 @@ from typing import Any
 import yaml
 from mlflow.entities import Metric, RunTag
 from mlflow.exceptions import MlflowException
+from prefect.events import emit_event
 
 from rlhf_core.config import Params
+from rlhf_core.errors import InputError
 from rlhf_core.layout import Layout
 from rlhf_core.mlflow_writer import experiment_id, open_client, tracking_uri
 
 ALIAS = "candidate"
+REGISTERED = "rlhf.candidate.registered"  # the event
+PRODUCTS = ("sft", "reward")  # registered beside the policy, without their weights
+REWARD_METRICS = ("reward/accuracy", "reward/accuracy_low", "reward/length_baseline_accuracy")
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,10 @@ def register_policy(root: Path, params: Params, parent: ParentRun) -> str:
     name = params.flow.registered_model
     client = open_client(root)
     tags = lineage(root) | evaluation_tags(root) | dict(parent.origin) | {"mlflow.parent_run": parent.run_id}
+    tags["ppo.reward_function"] = params.ppo.reward_function
+    tags |= {f"{model}_model": register_product(root, client, name, model, tags) for model in PRODUCTS}
     version = _registered(client, name, tags)
+    is_new = version is None
     if version is None:
         mlflow.set_tracking_uri(parent.uri)
         mlflow.set_registry_uri(parent.uri)
@@ -102,7 +110,64 @@ def register_policy(root: Path, params: Params, parent: ParentRun) -> str:
         client.set_model_version_tag(name, version, key, value)
     client.set_registered_model_alias(name, ALIAS, version)
     client.set_tag(parent.run_id, "registered", f"{name}/{version}")
+    if is_new:
+        announce(name, version)
     return f"models:/{name}@{ALIAS} (version {version})"
+
+
+def announce(name: str, version: str) -> None:
+    """Tell Prefect's server that there is a new candidate; an automation may compare it."""
+    resource = {"prefect.resource.id": f"rlhf.model.{name}.{version}", "prefect.resource.name": name}
+    emit_event(REGISTERED, resource=resource, payload={"name": name, "version": version})
+
+
+def register_product(root: Path, client: Any, name: str, model: str, tags: Mapping[str, str]) -> str:
+    """Register models/`model` as NAME-MODEL without its weights, which DVC holds; "NAME-MODEL/VERSION".
+
+    The version's source is a small file that says what it is and how to fetch it. The same weights are not
+    registered twice.
+    """
+    registered, output = f"{name}-{model}", f"models/{model}"
+    md5, commit = tags.get(f"dvc.models.{model}", ""), tags.get("git.commit", "")
+    if not md5:
+        raise InputError(f"{output}: dvc.lock does not name it, so it cannot be registered; run the stage")
+    with contextlib.suppress(MlflowException):  # it is there already
+        client.create_registered_model(registered)
+    for found in client.search_model_versions(f"name='{registered}'", max_results=1000):
+        if found.tags.get("dvc.md5") == md5:
+            return f"{registered}/{found.version}"
+    provenance = Layout(root).model(model) / "provenance.json"
+    facts = {
+        "dvc": {"path": output, "md5": md5},
+        "fetch": _how_to_fetch(output, tags.get("rlhf.branch", ""), commit),
+        "provenance": json.loads(provenance.read_text()) if provenance.is_file() else {},
+        "params_md5": tags.get("params.md5", ""),
+    }
+    run_id = tags["mlflow.parent_run"]
+    client.log_dict(run_id, facts, f"{model}/provenance.json")
+    version = client.create_model_version(
+        registered,
+        f"{client.get_run(run_id).info.artifact_uri}/{model}",
+        run_id=run_id,
+        tags={"dvc.md5": md5, "dvc.path": output, "git.commit": commit} | _reward_tags(root, model),
+    )
+    return f"{registered}/{version.version}"
+
+
+def _how_to_fetch(output: str, branch: str, commit: str) -> str:
+    where = branch or "the commit that keeps this run (`git log -- dvc.lock`)"
+    note = "" if branch else f", made from {commit}"
+    return f"git checkout {where} -- dvc.lock && dvc pull {output}{note}"
+
+
+def _reward_tags(root: Path, model: str) -> dict[str, str]:
+    path = Layout(root).metrics("reward")
+    if model != "reward" or not path.is_file():
+        return {}
+    found = json.loads(path.read_text())
+    return {
+        name.replace("/", "."): str(found[name]) for name in REWARD_METRICS if found.get(name) is not None
+    }
 
 
 def _registered(client: Any, name: str, tags: dict[str, str]) -> str | None:
@@ -126,6 +191,7 @@ def evaluation_tags(root: Path) -> dict[str, str]:
     )
     tags = {f"eval.{name}": str(found.get(f"eval/{name}")) for name in names}
     provenance = layout.model("base") / "provenance.json"
+    tags |= _reward_tags(root, "reward")
     return tags | ({"base": provenance.read_text()[:4000]} if provenance.is_file() else {})
 
 

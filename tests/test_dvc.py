@@ -20,6 +20,8 @@ NOT_IN_RESULTS = {
     "rlhf_core.checkpoint",
     "rlhf_core.config",
     "rlhf_core.config.file",
+    "rlhf_core.config.parts",
+    "rlhf_core.config.promotion",
     "rlhf_core.config.sections",
     "rlhf_core.errors",
     "rlhf_core.layout",

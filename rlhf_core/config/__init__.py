@@ -11,6 +11,8 @@ from rlhf_core.config.file import (
     put,
     read_yaml,
 )
+from rlhf_core.config.parts import SamplingConfig
+from rlhf_core.config.promotion import PromotionConfig
 from rlhf_core.config.sections import (
     SCRATCH_CONTEXT,
     DataConfig,
@@ -23,7 +25,6 @@ from rlhf_core.config.sections import (
     PretrainConfig,
     RewardConfig,
     RunConfig,
-    SamplingConfig,
     ScratchConfig,
     SFTConfig,
     ValidateConfig,
@@ -39,6 +40,7 @@ __all__ = [
     "Params",
     "PreferencesConfig",
     "PretrainConfig",
+    "PromotionConfig",
     "RewardConfig",
     "RunConfig",
     "SFTConfig",

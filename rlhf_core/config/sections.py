@@ -8,8 +8,6 @@ from __future__ import annotations
 from typing import Literal, Self
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -18,9 +16,8 @@ from pydantic import (
     model_validator,
 )
 
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+from rlhf_core.config.parts import SamplingConfig, Section, check_target
+from rlhf_core.config.promotion import PromotionConfig
 
 
 class RunConfig(Section):
@@ -124,16 +121,6 @@ class ValidateConfig(Section):
         return self
 
 
-class SamplingConfig(Section):
-    """How text is made. A seed makes it repeatable; 0 and 1 switch top-k and top-p off."""
-
-    temperature: PositiveFloat
-    top_k: NonNegativeInt
-    top_p: float = Field(gt=0.0, le=1.0)
-    max_new_tokens: PositiveInt
-    seed: NonNegativeInt
-
-
 class TrainingSection(Section):
     learning_rate: PositiveFloat
     max_grad_norm: PositiveFloat
@@ -206,17 +193,8 @@ class PreferencesConfig(Section):
                 f"preferences.pairs_per_prompt ({self.pairs_per_prompt}) must be at most {most}, the pairs "
                 f"among preferences.responses_per_prompt ({self.responses_per_prompt}) answers"
             )
-        _check_target("preferences.labeler", self.labeler, self.labeler_target)
+        check_target("preferences.labeler", self.labeler, self.labeler_target)
         return self
-
-
-def _check_target(key: str, kind: str, target: str) -> None:
-    if kind == "vader" and target:
-        raise ValueError(f"{key}_target ({target!r}) must be empty when {key} is vader")
-    if kind != "vader" and not target:
-        raise ValueError(f"{key}_target must say which one when {key} is {kind}")
-    if kind == "function" and target.count(":") != 1:
-        raise ValueError(f"{key}_target ({target!r}) must have the form module:function")
 
 
 class RewardConfig(WatchedTraining):
@@ -346,7 +324,7 @@ class EvaluateConfig(Section):
 
     @model_validator(mode="after")
     def check_gold(self) -> Self:
-        _check_target("evaluate.gold", self.gold, self.gold_target)
+        check_target("evaluate.gold", self.gold, self.gold_target)
         return self
 
 
@@ -369,6 +347,7 @@ class Params(Section):
     reward: RewardConfig
     ppo: PPOConfig
     evaluate: EvaluateConfig
+    promotion: PromotionConfig
     flow: FlowConfig
 
     @model_validator(mode="after")

@@ -42,6 +42,11 @@ def post(url, body):
     raise AssertionError(f"{url}: busy for 10 s")
 
 
+def deployment(prefect, name):
+    (found,) = (d for d in post(f"{prefect}/api/deployments/filter", {}) if d["name"] == name)
+    return found
+
+
 def test_up_starts_everything_runs_the_deployment_and_stops_cleanly(finished, tmp_path):
     checkout, _ = finished
     log = tmp_path / "up.log"
@@ -52,7 +57,7 @@ def test_up_starts_everything_runs_the_deployment_and_stops_cleanly(finished, tm
         prefect, mlflow = re.findall(r"http://127\.0\.0\.1:\d+", log.read_text())[:2]
         assert "html" in get(prefect)
         assert "html" in get(mlflow)
-        (found,) = post(f"{prefect}/api/deployments/filter", {})
+        found = deployment(prefect, "train")
         assert (found["name"], found["work_pool_name"]) == ("train", "rlhf-process")
         fields = found["parameter_openapi_schema"]["properties"]
         assert fields["profile"]["enum"] == ["keep", "default", "smoke"]
@@ -63,8 +68,9 @@ def test_up_starts_everything_runs_the_deployment_and_stops_cleanly(finished, tm
         queues = post(f"{prefect}/api/work_pools/rlhf-process/queues/filter", {})
         limits = {queue["name"]: queue["concurrency_limit"] for queue in queues}
         assert (limits["cpu"], limits["gpu"]) == (2, max(1, len(gpus.visible())))
-        (automation,) = post(f"{prefect}/api/automations/filter", {})
-        assert automation["enabled"]
+        automations = post(f"{prefect}/api/automations/filter", {})
+        names = {"rlhf: mark silent runs as crashed", "rlhf: compare new candidates"}
+        assert {automation["name"] for automation in automations if automation["enabled"]} >= names
         wait_for(lambda: post(f"{prefect}/api/work_pools/rlhf-process/workers/filter", {}), 60)
         flow_run = post(f"{prefect}/api/deployments/{found['id']}/create_flow_run", {})
         states = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
@@ -107,7 +113,7 @@ def test_a_run_that_is_killed_with_its_worker_is_marked_and_its_retry_goes_on(fi
         wait_for(lambda: up.poll() is not None or "Ctrl-C stops" in log.read_text(), 180)
         prefect = re.findall(r"http://127\.0\.0\.1:\d+", log.read_text())[0]
         smoke = {"parameters": {"profile": "smoke"}}
-        (found,) = post(f"{prefect}/api/deployments/filter", {})
+        found = deployment(prefect, "train")
         flow_run = post(f"{prefect}/api/deployments/{found['id']}/create_flow_run", smoke)
         url = f"{prefect}/api/flow_runs/{flow_run['id']}"
 
