@@ -146,6 +146,14 @@ def runs(context: typer.Context) -> None:
     _become("tasks.runs", context.args)
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
+)
+def gc(context: typer.Context) -> None:
+    """Free cache, worktrees and checkpoints that nothing needs; lists first, and asks (`--yes` does not)."""
+    _become("tasks.gc", context.args)
+
+
 @app.command()
 def up() -> None:
     """Start the Prefect server, a worker, the deployments and the MLflow server on this machine."""

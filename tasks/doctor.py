@@ -101,7 +101,7 @@ def _versions(root: Path) -> Iterator[Finding]:
 def _machine(root: Path) -> Iterator[Finding]:
     free = shutil.disk_usage(root).free
     state = State.FAIL if free < LEAST_DISK else State.WARN if free < RUN_DISK else State.OK
-    remedy = "" if state is State.OK else "free some; `dvc gc -w` drops what no version here uses"
+    remedy = "" if state is State.OK else "free some; `rlhf gc` lists what nothing needs"
     yield Finding("disk", state, f"{free / GIB:.1f} GiB free", remedy)
     memory = psutil.virtual_memory().available
     enough = memory >= RUN_MEMORY

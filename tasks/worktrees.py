@@ -8,6 +8,7 @@ The branch keeps what is needed to repeat the run; its logs and report pages are
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from rlhf_core.atomic import write_text
 from rlhf_core.config import Params
 from rlhf_core.errors import InputError, RLHFError
 from rlhf_core.layout import Layout
+from tasks.cache import of_checkout
 from tasks.workspace import exclusive
 
 BRANCHES = "runs/"
@@ -81,9 +83,11 @@ def run_place(home: Path, run_id: str, revision: str) -> Iterator[RunPlace]:
     Raises InputError for a revision that git does not know, and BusyError when the run is going on already.
     """
     place = RunPlace(run_id, home, Layout(home).worktrees / run_id)
-    if not (place.root / ".git").exists():
-        _make_worktree(place, revision)
-    with exclusive(place.root):
+    with contextlib.ExitStack() as stack:
+        with _collection_lock(home, fcntl.LOCK_SH):
+            if not (place.root / ".git").exists():
+                _make_worktree(place, revision)
+            stack.enter_context(exclusive(place.root))
         share_cache(place)
         note(place, state="running", revision=git(place.root, "rev-parse", "HEAD"), process=os.getpid())
         try:
@@ -96,6 +100,20 @@ def run_place(home: Path, run_id: str, revision: str) -> Iterator[RunPlace]:
             raise
         record(place, f"Run {run_id}")
         note(place, state="finished", ended=_now())
+
+
+def no_run_begins(home: Path) -> contextlib.AbstractContextManager[None]:
+    """For the block, a run that wants a worktree of `home` waits before it makes or takes one."""
+    return _collection_lock(home, fcntl.LOCK_EX)
+
+
+@contextlib.contextmanager
+def _collection_lock(home: Path, kind: int) -> Iterator[None]:
+    path = Layout(home).state / "gc.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        fcntl.flock(file, kind)
+        yield
 
 
 def _make_worktree(place: RunPlace, revision: str) -> None:
@@ -129,8 +147,7 @@ def share_cache(place: RunPlace) -> None:
         shutil.copyfile(place.home / local, place.root / local)
     there = Config(str(place.home / ".dvc"), validate=False)  # relative paths come out absolute
     with Config(str(place.root / ".dvc"), validate=False).edit("local") as here:
-        cache = there.get("cache", {}).get("dir") or str(place.home / ".dvc" / "cache")
-        here.setdefault("cache", {})["dir"] = str(cache)
+        here.setdefault("cache", {})["dir"] = str(of_checkout(place.home).directory)
         for name, remote in there.get("remote", {}).items():
             if "://" not in str(remote["url"]):
                 here.setdefault("remote", {}).setdefault(name, {})["url"] = str(remote["url"])
