@@ -22,11 +22,12 @@ from rlhf_core.config import Params, load_params
 from rlhf_core.errors import RLHFError
 from rlhf_core.layout import Layout
 from rlhf_core.mlflow_writer import tracking_uri
-from tasks.network import answers, port_is_free
+from tasks.network import answers, port_is_free, without_secrets
 from tasks.workspace import BusyError, check_workspace, exclusive
 
 GIB = 2**30
 RUN_DISK, LEAST_DISK = 5 * GIB, 1 * GIB  # a default run leaves 2.5 GiB
+REMOTE_SECONDS = 30.0
 RUN_MEMORY = 6 * GIB  # a stage of a default run takes up to 5
 PINNED = ("torch", "transformers", "prefect", "mlflow", "dvc", "great_expectations")
 PORTS = {"Prefect": ("RLHF_PREFECT_PORT", 4200), "MLflow": ("RLHF_MLFLOW_PORT", 5000)}
@@ -172,16 +173,44 @@ def _workspace(root: Path) -> Iterator[Finding]:
 def _remote(root: Path) -> Iterator[Finding]:
     listed = _run(root, sys.executable, "-m", "dvc", "config", "--list") or ""
     remotes = re.findall(r"^remote\.(.+)\.url=(.+)$", listed, re.M)
+    verified = set(re.findall(r"^remote\.(.+)\.verify=(?i:true)$", listed, re.M))
     if not remotes:
         yield Finding("DVC remote", State.WARN, "none", "dvc remote add -d NAME URL; data lies here only")
+    default = _run(root, sys.executable, "-m", "dvc", "config", "core.remote")
     for name, url in remotes:
-        path = (root / ".dvc" / url).resolve()  # DVC keeps a relative path as seen from its own directory
-        if "://" in url:
-            yield Finding("DVC remote", State.OK, f"{name}: {url} (not asked; `dvc status -c` asks it)")
-        elif (parent := _existing(path)) and parent.is_dir() and os.access(parent, os.W_OK):
-            yield Finding("DVC remote", State.OK, f"{name}: {path}")
-        else:
-            yield Finding("DVC remote", State.FAIL, f"{name}: {path} cannot be written", "dvc remote modify")
+        found = _asked(root, name, url) if "://" in url and name == default else _addressed(root, name, url)
+        if found.state is State.OK and name not in verified:
+            remedy = f"dvc remote modify {name} verify true; a damaged file would be taken for whole"
+            found = Finding(found.what, State.WARN, f"{found.seen}; files are not verified", remedy)
+        yield found
+
+
+def _addressed(root: Path, name: str, url: str) -> Finding:
+    if "://" in url:
+        return Finding("DVC remote", State.OK, f"{name}: {without_secrets(url)} (not asked)")
+    path = (root / ".dvc" / url).resolve()  # DVC keeps a relative path as seen from its own directory
+    if (parent := _existing(path)) and parent.is_dir() and os.access(parent, os.W_OK):
+        return Finding("DVC remote", State.OK, f"{name}: {path}")
+    return Finding("DVC remote", State.FAIL, f"{name}: {path} cannot be written", "dvc remote modify")
+
+
+def _asked(root: Path, name: str, url: str) -> Finding:
+    command = [sys.executable, "-m", "tasks.remote", "check"]
+    seen = f"{name}: {without_secrets(url)}"
+    try:
+        done = subprocess.run(
+            command, cwd=root, capture_output=True, text=True, check=False, timeout=REMOTE_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        remedy = "is it up, and the address right?"
+        return Finding("DVC remote", State.FAIL, f"{seen}: no answer in {REMOTE_SECONDS:.0f} s", remedy)
+    if done.returncode == 0:
+        return Finding("DVC remote", State.OK, f"{seen} answers")
+    if done.stderr:
+        return Finding("DVC remote", State.FAIL, done.stderr.strip()[-300:], "see docs/servers.md")
+    return Finding(
+        "DVC remote", State.WARN, f"{seen} lacks files of dvc.lock", "dvc push; then `rlhf remote mend`"
+    )
 
 
 def _servers(root: Path) -> Iterator[Finding]:

@@ -24,7 +24,9 @@ from rlhf_core.atomic import write_text
 from rlhf_core.config import Params
 from rlhf_core.errors import InputError, RLHFError
 from rlhf_core.layout import Layout
+from tasks import remote
 from tasks.cache import of_checkout
+from tasks.network import without_secrets
 from tasks.workspace import exclusive
 
 BRANCHES = "runs/"
@@ -148,9 +150,11 @@ def share_cache(place: RunPlace) -> None:
     there = Config(str(place.home / ".dvc"), validate=False)  # relative paths come out absolute
     with Config(str(place.root / ".dvc"), validate=False).edit("local") as here:
         here.setdefault("cache", {})["dir"] = str(of_checkout(place.home).directory)
-        for name, remote in there.get("remote", {}).items():
-            if "://" not in str(remote["url"]):
-                here.setdefault("remote", {}).setdefault(name, {})["url"] = str(remote["url"])
+        for name, settings in there.get("remote", {}).items():
+            if "://" not in str(settings["url"]):
+                here.setdefault("remote", {}).setdefault(name, {})["url"] = str(settings["url"])
+            # Without it DVC takes a damaged file for a whole one.
+            here.setdefault("remote", {}).setdefault(name, {})["verify"] = True
 
 
 def bring_data(place: RunPlace, params: Params) -> None:
@@ -160,7 +164,10 @@ def bring_data(place: RunPlace, params: Params) -> None:
     part of the revision.
     """
     if tracked := git(place.root, "ls-files", "*.dvc").splitlines():
-        dvc(place.root, "pull", *tracked)
+        try:
+            dvc(place.root, "pull", *tracked)
+        except DataError as error:
+            raise DataError(f"{error}\n{remote.explain(place.root)}".strip()) from None
     for key in ("demonstrations", "preferences", "prompts"):
         for source in getattr(params.data, key):
             path = Path(source)
@@ -175,11 +182,15 @@ def bring_data(place: RunPlace, params: Params) -> None:
 def push(place: RunPlace) -> bool:
     """Send what the run made, and how DVC finds it again, to the remote; False when none is set.
 
+    DVC takes a directory that was sent before to be whole there; what has gone missing since is sent again.
     Raises DataError when that fails.
     """
     if not dvc(place.root, "remote", "list"):
         return False
     dvc(place.root, "push", "-q", "--run-cache")
+    store = remote.Remote(place.root)
+    if left := store.mend(store.faults(content=False)):
+        raise DataError(f"{left[0]}, and not in the cache here ({len(left)} such files)")
     return True
 
 
@@ -229,7 +240,8 @@ def dvc(where: Path, *arguments: str) -> str:
     env = os.environ | {"DVC_NO_ANALYTICS": "1"}
     done = subprocess.run(command, cwd=where, env=env, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise DataError(f"dvc {' '.join(arguments[:6])}: {(done.stderr or done.stdout).strip()[-600:]}")
+        words = without_secrets((done.stderr or done.stdout).strip())[-600:]
+        raise DataError(f"dvc {' '.join(arguments[:6])}: {words}")
     return done.stdout.strip()
 
 
