@@ -22,7 +22,8 @@ from rlhf_core.config import Params, load_params
 from rlhf_core.errors import RLHFError
 from rlhf_core.layout import Layout
 from rlhf_core.mlflow_writer import tracking_uri
-from tasks.network import answers, port_is_free, without_secrets
+from rlhf_core.redaction import without_secrets
+from tasks.network import answers, port_is_free
 from tasks.workspace import BusyError, check_workspace, exclusive
 
 GIB = 2**30

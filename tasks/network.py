@@ -1,8 +1,7 @@
-"""Ports and servers of this machine, and what may be said of their addresses."""
+"""Ports and servers of this machine."""
 
 from __future__ import annotations
 
-import re
 import socket
 import urllib.error
 import urllib.request
@@ -12,8 +11,6 @@ from rlhf_core.errors import InputError, RLHFError
 HOST = "127.0.0.1"
 LOOPBACK = (HOST, "localhost", "::1")
 ANSWER_SECONDS = 3.0
-# A password may hold an @ itself; the last one before the host counts.
-CREDENTIALS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/\s'\"]*@")
 
 
 def port_is_free(port: int, host: str = HOST) -> bool:
@@ -47,8 +44,3 @@ def answers(url: str) -> bool:
         return error.code in (401, 403)
     except (OSError, ValueError):
         return False
-
-
-def without_secrets(text: str) -> str:
-    """`text` with the user and password of every URL in it replaced, for messages and logs."""
-    return CREDENTIALS.sub(r"\1***@", text)

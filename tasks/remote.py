@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rlhf_core.errors import RLHFError
+from rlhf_core.redaction import without_secrets
 from tasks import cache
 from tasks.cache import Cache
-from tasks.network import without_secrets
 from tasks.workspace import check_workspace
 
 CHUNK = 2**20

@@ -24,9 +24,9 @@ from rlhf_core.atomic import write_text
 from rlhf_core.config import Params
 from rlhf_core.errors import InputError, RLHFError
 from rlhf_core.layout import Layout
+from rlhf_core.redaction import without_secrets
 from tasks import remote
 from tasks.cache import of_checkout
-from tasks.network import without_secrets
 from tasks.workspace import exclusive
 
 BRANCHES = "runs/"

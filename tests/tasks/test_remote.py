@@ -10,7 +10,6 @@ import pytest
 
 from rlhf_core.config import load_params
 from tasks import remote, worktrees
-from tasks.network import without_secrets
 from tasks.remote import Remote, RemoteError, md5_of
 from tasks.worktrees import DataError, RunPlace
 
@@ -188,18 +187,3 @@ def test_the_commands_end_with_a_status(home):
     said = command(home, "rlhf", "remote", "check", ok=False)
     assert "mine/tokenizer" in said
     assert "1 faults" in said
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (
-            "cannot open postgresql://ann:p%40ss@db:5432/mlflow now",
-            "cannot open postgresql://***@db:5432/mlflow now",
-        ),
-        ("s3://bucket/a@b", "s3://bucket/a@b"),
-        ("http://host/api and https://u:p@ss@host/x", "http://host/api and https://***@host/x"),
-    ],
-)
-def test_passwords_in_urls_are_not_said(text, expected):
-    assert without_secrets(text) == expected

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from tasks.remote import Remote, RemoteError, md5_of
-
-from . import s3
+from tests.pipeline import s3
 
 pytest.importorskip("dvc_s3", reason="dvc-s3 is not installed: pip install '.[s3]'")
 
@@ -60,7 +59,7 @@ def make_home(storage, made):
 
 def key_of(storage, home, name):
     md5 = md5_of(home / "mine" / name)
-    (key,) = (key for key in storage.keys(home.parent.name) if key.endswith(f"{md5[:2]}/{md5[2:]}"))
+    (key,) = (key for key in storage.names(home.parent.name) if key.endswith(f"{md5[:2]}/{md5[2:]}"))
     return key
 
 
