@@ -23,6 +23,7 @@ from rlhf_core.errors import RLHFError
 from rlhf_core.layout import Layout
 from rlhf_core.mlflow_writer import tracking_uri
 from rlhf_core.redaction import without_secrets
+from tasks import gpus
 from tasks.network import answers, port_is_free
 from tasks.workspace import BusyError, check_workspace, exclusive
 
@@ -126,11 +127,14 @@ def _device(params: Params) -> Iterator[Finding]:
         yield Finding("device", State.FAIL, str(error), "set run.device to auto")
         return
     dtype = str(resolve_dtype(params.run, device)).removeprefix("torch.")
-    gpus = torch.cuda.device_count()
+    count = torch.cuda.device_count()
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    seen = f"{kind}, {dtype}, {gpus} GPU{'' if gpus == 1 else 's'}"
-    if 1 < gpus != params.run.num_processes and device.type == "cuda":
-        yield Finding("device", State.WARN, seen, f"run.num_processes: {gpus} would use them all")
+    seen = f"{kind}, {dtype}, {count} GPU{'' if count == 1 else 's'}"
+    if not count and (shown := gpus.visible()):
+        seen = f"{seen}; the driver shows {len(shown)}, and torch sees none"
+        yield Finding("device", State.WARN, seen, "nvidia-smi; a driver and a torch of one CUDA version")
+    elif 1 < count != params.run.num_processes and device.type == "cuda":
+        yield Finding("device", State.WARN, seen, f"run.num_processes: {count} would use them all")
     elif device.type == "cpu" and dtype == "float32" and params.run.precision == "auto":
         yield Finding("device", State.WARN, seen, "this processor has no bf16, so products take longer")
     else:

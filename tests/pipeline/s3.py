@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import secrets
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 BUCKET = "rlhf-data"
-SECRET = "PlantedS3Secret7f3a"  # what must not come up again anywhere
+SECRET = secrets.token_hex(20)  # must not come up again anywhere; made now, for it would stand in this file
 
 
 class S3(NamedTuple):
@@ -18,7 +20,7 @@ class S3(NamedTuple):
     env: dict[str, str]
     client: Any
 
-    def keys(self, prefix: str = "") -> list[str]:
+    def names(self, prefix: str = "") -> list[str]:
         found = self.client.list_objects_v2(Bucket=BUCKET, Prefix=prefix)
         return [entry["Key"] for entry in found.get("Contents", [])]
 
@@ -28,6 +30,7 @@ def serving() -> Iterator[S3]:
     import boto3
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

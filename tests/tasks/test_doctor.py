@@ -71,6 +71,14 @@ def test_room_on_the_disk(workspace, monkeypatch, free, state):
     assert finding(workspace, "disk").state is state
 
 
+def test_gpus_that_torch_does_not_see(workspace, monkeypatch):
+    monkeypatch.setattr(doctor.gpus, "visible", lambda: ["0", "1"])
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    found = finding(workspace, "device")
+    assert found.state is State.WARN
+    assert "the driver shows 2, and torch sees none" in found.seen
+
+
 def test_a_model_that_is_not_there(workspace):
     values = {"model.source": "path", "model.name": str(workspace / "nothing")}
     change_params(Layout(workspace).params, values)
