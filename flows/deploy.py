@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import sys
 from pathlib import Path
 
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
-from prefect.exceptions import ObjectAlreadyExists
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
 from flows import automations, promotions
 from flows.up import POOL
+from rlhf_core.errors import InputError, RLHFError
 from tasks import gpus
 
 CPU_RUNS = 2  # at once; each has a worktree of its own, but they share the processor
@@ -33,12 +36,17 @@ def make_pool() -> None:
             client.update_work_queue(queue.id, concurrency_limit=limit)
 
 
-def deploy(root: Path) -> None:
-    """The deployment `train/train`, which works in `root`."""
+def deploy(root: Path, pool: str = POOL) -> None:
+    """The deployment `train/train`, which works in `root`; in another pool `train/train-POOL`.
+
+    Raises InputError for another pool that the server does not have.
+    """
+    if pool != POOL:
+        _check_pool(pool)
     flow.from_source(source=str(root), entrypoint="flows/train.py:train").deploy(
-        name="train",
-        work_pool_name=POOL,
-        work_queue_name="gpu" if gpus.visible() else "cpu",
+        name="train" if pool == POOL else f"train-{pool}",
+        work_pool_name=pool,
+        work_queue_name=("gpu" if gpus.visible() else "cpu") if pool == POOL else None,
         description="Data, SFT, reward model, PPO, evaluation; registers the policy as candidate.",
         tags=["rlhf"],
         build=False,
@@ -47,8 +55,31 @@ def deploy(root: Path) -> None:
     )
 
 
+def _check_pool(name: str) -> None:
+    with get_client(sync_client=True) as client:
+        try:
+            client.read_work_pool(name)
+        except ObjectNotFound:
+            raise InputError(
+                f"--pool {name}: there is no such pool; `prefect work-pool create {name} --type TYPE "
+                "--base-job-template configs/work_pools/TYPE.json` makes it"
+            ) from None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pool", default=POOL, help="a pool for Docker or Kubernetes that there is already")
+    pool = parser.parse_args().pool
+    try:
+        if pool == POOL:
+            make_pool()
+        deploy(Path.cwd().resolve(), pool)
+        automations.ensure()
+        promotions.deploy_all(Path.cwd().resolve())
+    except RLHFError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
 if __name__ == "__main__":
-    make_pool()
-    deploy(Path.cwd().resolve())
-    automations.ensure()
-    promotions.deploy_all(Path.cwd().resolve())
+    main()

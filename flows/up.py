@@ -1,10 +1,12 @@
 """`make up`: a Prefect server, a process work pool with a worker, the deployments and an MLflow server.
 
-All on loopback, on the workspace's own databases, until Ctrl-C. Nothing is left running after.
+On loopback and the workspace's own SQLite files unless flows/settings.py is told otherwise; until Ctrl-C.
+Nothing is left running after.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import signal
@@ -16,7 +18,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 
-from rlhf_core.cli import QUIET, die_with_parent
+from flows import settings
+from flows.settings import HEARTBEAT_SECONDS as HEARTBEAT_SECONDS
+from flows.settings import Settings
+from rlhf_core.cli import die_with_parent
 from rlhf_core.errors import RLHFError
 from rlhf_core.layout import Layout
 from tasks.network import HOST, answers, free_port
@@ -26,7 +31,6 @@ from tasks.workspace import check_workspace
 POOL = "rlhf-process"
 START_SECONDS = 120.0
 MOST_RESTARTS = 3
-HEARTBEAT_SECONDS = 30  # between two signs of life of a run; the least that Prefect sends
 
 
 class Services:
@@ -37,17 +41,19 @@ class Services:
         self._logs = Layout(root).state / "logs"
         self._logs.mkdir(parents=True, exist_ok=True)
         self._commands: dict[str, tuple[str, ...]] = {}
+        self._more: dict[str, dict[str, str]] = {}
         self.running: dict[str, subprocess.Popen] = {}
 
-    def start(self, name: str, *command: str) -> None:
-        """Start a service; its output goes to .rlhf/logs/NAME.log."""
+    def start(self, name: str, *command: str, env: Mapping[str, str] | None = None) -> None:
+        """Start a service with `env` beside what all get; its output goes to .rlhf/logs/NAME.log."""
         again = name in self._commands
         self._commands[name] = command
+        self._more[name] = dict(env or {})
         with self.log(name).open("ab" if again else "wb") as log:
             self.running[name] = subprocess.Popen(
                 [sys.executable, "-m", *command],
                 cwd=self._root,
-                env=self._env,
+                env=self._env | self._more[name],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -84,60 +90,56 @@ class Services:
                 restarts[name] += 1
                 print(f"{name} ended with status {status}; starting it again", flush=True)
                 end_tree(process)  # what it had started
-                self.start(name, *self._commands[name])
+                self.start(name, *self._commands[name], env=self._more[name])
             time.sleep(1.0)
+
+    def run(self, name: str, fault: str, *command: str, env: Mapping[str, str] | None = None) -> None:
+        """Run a command to its end. Raises RLHFError with its own message when it fails."""
+        self.start(name, *command, env=env)
+        status = self.running[name].wait(timeout=START_SECONDS)
+        self.running.pop(name)
+        if status != 0:
+            said = [line for line in self.log(name).read_text().splitlines() if line.startswith("error: ")]
+            raise RLHFError(said[-1].removeprefix("error: ") if said else f"{fault}; see {self.log(name)}")
 
     def stop(self) -> None:
         for process in reversed(self.running.values()):
             end_tree(process)
 
 
-def environment(root: Path, prefect_port: int, mlflow_port: int) -> dict[str, str]:
-    bin_dir = str(Path(sys.executable).parent)
-    return {
-        **QUIET,
-        **os.environ,
-        "PATH": f"{bin_dir}{os.pathsep}{os.environ.get('PATH', '')}",
-        "PREFECT_HOME": str(Layout(root).state / "prefect-server"),
-        "PREFECT_API_URL": f"http://{HOST}:{prefect_port}/api",
-        "PREFECT_UI_API_URL": f"http://{HOST}:{prefect_port}/api",
-        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
-        "MLFLOW_TRACKING_URI": f"http://{HOST}:{mlflow_port}",
-    }
-
-
-def start_all(services: Services, root: Path, prefect_port: int, mlflow_port: int) -> None:
-    """Servers first, then pool and deployment, then the worker that needs both."""
-    store, artifacts = f"sqlite:///{root}/mlflow.db", f"file://{root}/mlartifacts"
-    services.start("prefect", "prefect", "server", "start", "--host", HOST, "--port", str(prefect_port))
-    services.start(
-        "mlflow",
-        *("mlflow", "server", "--host", HOST, "--port", str(mlflow_port), "--workers", "1"),
-        *("--backend-store-uri", store, "--default-artifact-root", artifacts, "--no-serve-artifacts"),
-    )
-    services.wait_until("prefect", lambda: answers(f"http://{HOST}:{prefect_port}/api/health"))
-    services.start("deploy", "flows.deploy")
-    services.running["deploy"].wait(timeout=START_SECONDS)
-    if services.running.pop("deploy").returncode != 0:
-        raise RLHFError(f"the deployments could not be made; see {services.log('deploy')}")
+def start_all(services: Services, wanted: Settings) -> None:
+    """Databases and servers first, then pool and deployment, then the worker that needs both."""
+    if given := settings.preparation(wanted):
+        services.run("databases", "the databases could not be made", "flows.databases", env=given)
+    prefect = ("prefect", "server", "start", "--host", wanted.host, "--port", str(wanted.prefect_port))
+    services.start("prefect", *prefect, env=settings.prefect_server(wanted))
+    mlflow = ("mlflow", "server", "--host", wanted.host, "--port", str(wanted.mlflow_port), "--workers", "1")
+    login = ("--app-name", "basic-auth") if wanted.login else ()
+    services.start("mlflow", *mlflow, *login, env=settings.mlflow_server(wanted))
+    services.wait_until("prefect", lambda: answers(f"{wanted.prefect_url}/api/health"))
+    services.run("deploy", "the deployments could not be made", "flows.deploy")
     services.start("worker", "prefect", "worker", "start", "--pool", POOL, "--type", "process")
-    services.wait_until("mlflow", lambda: answers(f"http://{HOST}:{mlflow_port}/health"))
+    services.wait_until("mlflow", lambda: answers(f"{wanted.mlflow_url}/health"))
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="rlhf up", description=__doc__)
+    parser.add_argument("--host", default=HOST, help="the address to listen on")
+    host = parser.parse_args().host
     root = Path.cwd().resolve()
     for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell started us with SIGINT ignored
         signal.signal(number, _interrupt)
     services: Services | None = None
     try:
         check_workspace(root)
-        prefect_port = free_port(int(os.environ.get("RLHF_PREFECT_PORT", "4200")))
-        mlflow_port = free_port(int(os.environ.get("RLHF_MLFLOW_PORT", "5000")))
-        services = Services(root, environment(root, prefect_port, mlflow_port))
+        settings.read(root, host, 0, 0, os.environ)  # a mistake is said before anything is looked for
+        prefect_port = free_port(int(os.environ.get("RLHF_PREFECT_PORT", "4200")), host)
+        mlflow_port = free_port(int(os.environ.get("RLHF_MLFLOW_PORT", "5000")), host)
+        wanted = settings.read(root, host, prefect_port, mlflow_port, os.environ)
+        services = Services(root, settings.clients(wanted, os.environ))
         print("starting (about half a minute) ...", flush=True)
-        start_all(services, root, prefect_port, mlflow_port)
-        print(ready_text(prefect_port, mlflow_port, root), flush=True)
+        start_all(services, wanted)
+        print(ready_text(wanted), flush=True)
         services.watch()
     except KeyboardInterrupt:
         print("\nstopping ...", flush=True)
@@ -152,12 +154,17 @@ def main() -> None:
     print("stopped", flush=True)
 
 
-def ready_text(prefect_port: int, mlflow_port: int, root: Path) -> str:
+def ready_text(wanted: Settings) -> str:
+    prefect = f"http://{wanted.public_host}:{wanted.prefect_port}"
+    who = (
+        f"log in as {wanted.login.partition(':')[0]}, with the password of RLHF_AUTH\n"
+        if wanted.login
+        else ""
+    )
     return (
-        f"Prefect   http://{HOST}:{prefect_port}    Deployments > train > Run runs {root} in a worktree\n"
-        f"MLflow    http://{HOST}:{mlflow_port}\n"
-        f"from a shell:  PREFECT_API_URL=http://{HOST}:{prefect_port}/api "
-        "prefect deployment run train/train\n"
+        f"Prefect   {prefect}    Deployments > train > Run runs {wanted.root} in a worktree\n"
+        f"MLflow    http://{wanted.public_host}:{wanted.mlflow_port}\n{who}"
+        f"from a shell:  PREFECT_API_URL={prefect}/api prefect deployment run train/train\n"
         "Ctrl-C stops everything."
     )
 

@@ -148,10 +148,28 @@ def runs(context: typer.Context) -> None:
     _become("tasks.runs", context.args)
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
+)
+def gc(context: typer.Context) -> None:
+    """Free cache, worktrees and checkpoints that nothing needs; lists first, and asks (`--yes` does not)."""
+    _become("tasks.gc", context.args)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
+)
+def remote(context: typer.Context) -> None:
+    """Whether the DVC remote has everything, and whole: `remote check --content`, `remote mend`."""
+    _become("tasks.remote", context.args)
+
+
 @app.command()
-def up() -> None:
+def up(
+    host: Annotated[str, typer.Option(help="Listen there; beyond loopback RLHF_AUTH must be set.")] = "",
+) -> None:
     """Start the Prefect server, a worker, the deployments and the MLflow server on this machine."""
-    _become("flows.up", [])
+    _become("flows.up", ["--host", host] if host else [])
 
 
 @app.command(

@@ -271,4 +271,6 @@ def _describe(reply: httpx.Response) -> str:
 
 
 def _excerpt(text: str) -> str:
-    return " ".join(text.split())[:200]
+    """Some servers repeat the key that they refuse."""
+    key = os.environ.get(API_KEY)
+    return " ".join((text.replace(key, "***") if key else text).split())[:200]

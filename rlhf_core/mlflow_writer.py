@@ -72,12 +72,17 @@ def experiment_id(client: Any, root: Path) -> str:
         if found is not None:
             return found.experiment_id
         try:
-            return client.create_experiment(
-                EXPERIMENT, artifact_location=f"file://{Layout(root).home.resolve()}/mlartifacts"
-            )
+            return client.create_experiment(EXPERIMENT, artifact_location=_artifacts(root))
         except MlflowException:
             continue  # somebody else was first
     return client.get_experiment_by_name(EXPERIMENT).experiment_id
+
+
+def _artifacts(root: Path) -> str | None:
+    """Beside a store that is a file here; a server knows best where its own lie."""
+    if tracking_uri(root).startswith("http"):
+        return None
+    return f"file://{Layout(root).home.resolve()}/mlartifacts"
 
 
 class TimedMetric(NamedTuple):

@@ -22,11 +22,14 @@ from rlhf_core.config import Params, load_params
 from rlhf_core.errors import RLHFError
 from rlhf_core.layout import Layout
 from rlhf_core.mlflow_writer import tracking_uri
+from rlhf_core.redaction import without_secrets
+from tasks import gpus
 from tasks.network import answers, port_is_free
 from tasks.workspace import BusyError, check_workspace, exclusive
 
 GIB = 2**30
 RUN_DISK, LEAST_DISK = 5 * GIB, 1 * GIB  # a default run leaves 2.5 GiB
+REMOTE_SECONDS = 30.0
 RUN_MEMORY = 6 * GIB  # a stage of a default run takes up to 5
 PINNED = ("torch", "transformers", "prefect", "mlflow", "dvc", "great_expectations")
 PORTS = {"Prefect": ("RLHF_PREFECT_PORT", 4200), "MLflow": ("RLHF_MLFLOW_PORT", 5000)}
@@ -101,7 +104,7 @@ def _versions(root: Path) -> Iterator[Finding]:
 def _machine(root: Path) -> Iterator[Finding]:
     free = shutil.disk_usage(root).free
     state = State.FAIL if free < LEAST_DISK else State.WARN if free < RUN_DISK else State.OK
-    remedy = "" if state is State.OK else "free some; `dvc gc -w` drops what no version here uses"
+    remedy = "" if state is State.OK else "free some; `rlhf gc` lists what nothing needs"
     yield Finding("disk", state, f"{free / GIB:.1f} GiB free", remedy)
     memory = psutil.virtual_memory().available
     enough = memory >= RUN_MEMORY
@@ -124,11 +127,14 @@ def _device(params: Params) -> Iterator[Finding]:
         yield Finding("device", State.FAIL, str(error), "set run.device to auto")
         return
     dtype = str(resolve_dtype(params.run, device)).removeprefix("torch.")
-    gpus = torch.cuda.device_count()
+    count = torch.cuda.device_count()
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    seen = f"{kind}, {dtype}, {gpus} GPU{'' if gpus == 1 else 's'}"
-    if 1 < gpus != params.run.num_processes and device.type == "cuda":
-        yield Finding("device", State.WARN, seen, f"run.num_processes: {gpus} would use them all")
+    seen = f"{kind}, {dtype}, {count} GPU{'' if count == 1 else 's'}"
+    if not count and (shown := gpus.visible()):
+        seen = f"{seen}; the driver shows {len(shown)}, and torch sees none"
+        yield Finding("device", State.WARN, seen, "nvidia-smi; a driver and a torch of one CUDA version")
+    elif 1 < count != params.run.num_processes and device.type == "cuda":
+        yield Finding("device", State.WARN, seen, f"run.num_processes: {count} would use them all")
     elif device.type == "cpu" and dtype == "float32" and params.run.precision == "auto":
         yield Finding("device", State.WARN, seen, "this processor has no bf16, so products take longer")
     else:
@@ -172,16 +178,44 @@ def _workspace(root: Path) -> Iterator[Finding]:
 def _remote(root: Path) -> Iterator[Finding]:
     listed = _run(root, sys.executable, "-m", "dvc", "config", "--list") or ""
     remotes = re.findall(r"^remote\.(.+)\.url=(.+)$", listed, re.M)
+    verified = set(re.findall(r"^remote\.(.+)\.verify=(?i:true)$", listed, re.M))
     if not remotes:
         yield Finding("DVC remote", State.WARN, "none", "dvc remote add -d NAME URL; data lies here only")
+    default = _run(root, sys.executable, "-m", "dvc", "config", "core.remote")
     for name, url in remotes:
-        path = (root / ".dvc" / url).resolve()  # DVC keeps a relative path as seen from its own directory
-        if "://" in url:
-            yield Finding("DVC remote", State.OK, f"{name}: {url} (not asked; `dvc status -c` asks it)")
-        elif (parent := _existing(path)) and parent.is_dir() and os.access(parent, os.W_OK):
-            yield Finding("DVC remote", State.OK, f"{name}: {path}")
-        else:
-            yield Finding("DVC remote", State.FAIL, f"{name}: {path} cannot be written", "dvc remote modify")
+        found = _asked(root, name, url) if "://" in url and name == default else _addressed(root, name, url)
+        if found.state is State.OK and name not in verified:
+            remedy = f"dvc remote modify {name} verify true; a damaged file would be taken for whole"
+            found = Finding(found.what, State.WARN, f"{found.seen}; files are not verified", remedy)
+        yield found
+
+
+def _addressed(root: Path, name: str, url: str) -> Finding:
+    if "://" in url:
+        return Finding("DVC remote", State.OK, f"{name}: {without_secrets(url)} (not asked)")
+    path = (root / ".dvc" / url).resolve()  # DVC keeps a relative path as seen from its own directory
+    if (parent := _existing(path)) and parent.is_dir() and os.access(parent, os.W_OK):
+        return Finding("DVC remote", State.OK, f"{name}: {path}")
+    return Finding("DVC remote", State.FAIL, f"{name}: {path} cannot be written", "dvc remote modify")
+
+
+def _asked(root: Path, name: str, url: str) -> Finding:
+    command = [sys.executable, "-m", "tasks.remote", "check"]
+    seen = f"{name}: {without_secrets(url)}"
+    try:
+        done = subprocess.run(
+            command, cwd=root, capture_output=True, text=True, check=False, timeout=REMOTE_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        remedy = "is it up, and the address right?"
+        return Finding("DVC remote", State.FAIL, f"{seen}: no answer in {REMOTE_SECONDS:.0f} s", remedy)
+    if done.returncode == 0:
+        return Finding("DVC remote", State.OK, f"{seen} answers")
+    if done.stderr:
+        return Finding("DVC remote", State.FAIL, done.stderr.strip()[-300:], "see docs/servers.md")
+    return Finding(
+        "DVC remote", State.WARN, f"{seen} lacks files of dvc.lock", "dvc push; then `rlhf remote mend`"
+    )
 
 
 def _servers(root: Path) -> Iterator[Finding]:

@@ -8,6 +8,7 @@ The branch keeps what is needed to repeat the run; its logs and report pages are
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -23,6 +24,9 @@ from rlhf_core.atomic import write_text
 from rlhf_core.config import Params
 from rlhf_core.errors import InputError, RLHFError
 from rlhf_core.layout import Layout
+from rlhf_core.redaction import without_secrets
+from tasks import remote
+from tasks.cache import of_checkout
 from tasks.workspace import exclusive
 
 BRANCHES = "runs/"
@@ -81,9 +85,11 @@ def run_place(home: Path, run_id: str, revision: str) -> Iterator[RunPlace]:
     Raises InputError for a revision that git does not know, and BusyError when the run is going on already.
     """
     place = RunPlace(run_id, home, Layout(home).worktrees / run_id)
-    if not (place.root / ".git").exists():
-        _make_worktree(place, revision)
-    with exclusive(place.root):
+    with contextlib.ExitStack() as stack:
+        with _collection_lock(home, fcntl.LOCK_SH):
+            if not (place.root / ".git").exists():
+                _make_worktree(place, revision)
+            stack.enter_context(exclusive(place.root))
         share_cache(place)
         note(place, state="running", revision=git(place.root, "rev-parse", "HEAD"), process=os.getpid())
         try:
@@ -96,6 +102,20 @@ def run_place(home: Path, run_id: str, revision: str) -> Iterator[RunPlace]:
             raise
         record(place, f"Run {run_id}")
         note(place, state="finished", ended=_now())
+
+
+def no_run_begins(home: Path) -> contextlib.AbstractContextManager[None]:
+    """For the block, a run that wants a worktree of `home` waits before it makes or takes one."""
+    return _collection_lock(home, fcntl.LOCK_EX)
+
+
+@contextlib.contextmanager
+def _collection_lock(home: Path, kind: int) -> Iterator[None]:
+    path = Layout(home).state / "gc.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        fcntl.flock(file, kind)
+        yield
 
 
 def _make_worktree(place: RunPlace, revision: str) -> None:
@@ -129,11 +149,12 @@ def share_cache(place: RunPlace) -> None:
         shutil.copyfile(place.home / local, place.root / local)
     there = Config(str(place.home / ".dvc"), validate=False)  # relative paths come out absolute
     with Config(str(place.root / ".dvc"), validate=False).edit("local") as here:
-        cache = there.get("cache", {}).get("dir") or str(place.home / ".dvc" / "cache")
-        here.setdefault("cache", {})["dir"] = str(cache)
-        for name, remote in there.get("remote", {}).items():
-            if "://" not in str(remote["url"]):
-                here.setdefault("remote", {}).setdefault(name, {})["url"] = str(remote["url"])
+        here.setdefault("cache", {})["dir"] = str(of_checkout(place.home).directory)
+        for name, settings in there.get("remote", {}).items():
+            if "://" not in str(settings["url"]):
+                here.setdefault("remote", {}).setdefault(name, {})["url"] = str(settings["url"])
+            # Without it DVC takes a damaged file for a whole one.
+            here.setdefault("remote", {}).setdefault(name, {})["verify"] = True
 
 
 def bring_data(place: RunPlace, params: Params) -> None:
@@ -143,7 +164,10 @@ def bring_data(place: RunPlace, params: Params) -> None:
     part of the revision.
     """
     if tracked := git(place.root, "ls-files", "*.dvc").splitlines():
-        dvc(place.root, "pull", *tracked)
+        try:
+            dvc(place.root, "pull", *tracked)
+        except DataError as error:
+            raise DataError(f"{error}\n{remote.explain(place.root)}".strip()) from None
     for key in ("demonstrations", "preferences", "prompts"):
         for source in getattr(params.data, key):
             path = Path(source)
@@ -158,11 +182,15 @@ def bring_data(place: RunPlace, params: Params) -> None:
 def push(place: RunPlace) -> bool:
     """Send what the run made, and how DVC finds it again, to the remote; False when none is set.
 
+    DVC takes a directory that was sent before to be whole there; what has gone missing since is sent again.
     Raises DataError when that fails.
     """
     if not dvc(place.root, "remote", "list"):
         return False
     dvc(place.root, "push", "-q", "--run-cache")
+    store = remote.Remote(place.root)
+    if left := store.mend(store.faults(content=False)):
+        raise DataError(f"{left[0]}, and not in the cache here ({len(left)} such files)")
     return True
 
 
@@ -212,7 +240,8 @@ def dvc(where: Path, *arguments: str) -> str:
     env = os.environ | {"DVC_NO_ANALYTICS": "1"}
     done = subprocess.run(command, cwd=where, env=env, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise DataError(f"dvc {' '.join(arguments[:6])}: {(done.stderr or done.stdout).strip()[-600:]}")
+        words = without_secrets((done.stderr or done.stdout).strip())[-600:]
+        raise DataError(f"dvc {' '.join(arguments[:6])}: {words}")
     return done.stdout.strip()
 
 

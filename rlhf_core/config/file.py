@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from rlhf_core.config.sections import Params
 from rlhf_core.errors import InputError
+from rlhf_core.redaction import holds_secret
 
 PROFILES_DIR = Path("configs/profiles")
 
@@ -38,11 +39,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_params(tree: Mapping[str, Any], origin: str) -> Params:
+    _refuse_secrets(tree, origin)
     try:
         return Params.model_validate(tree)
     except ValidationError as error:
         faults = "\n".join(f"  {line}" for line in _explain(error))
         raise InputError(f"{origin}: {error.error_count()} fault(s)\n{faults}") from None
+
+
+def _refuse_secrets(tree: Mapping[str, Any], origin: str) -> None:
+    """Raises InputError that names the key of an address with a password, and does not repeat it."""
+    for key, value in flatten(tree):
+        if any(holds_secret(str(one)) for one in (value if isinstance(value, list) else [value])):
+            raise InputError(
+                f"{origin}: {key}: a password or key in an address would be kept in git, DVC and MLflow; "
+                "give it by the environment (docs/servers.md#secrets)"
+            )
 
 
 def _explain(error: ValidationError) -> Iterator[str]:

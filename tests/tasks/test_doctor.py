@@ -71,6 +71,14 @@ def test_room_on_the_disk(workspace, monkeypatch, free, state):
     assert finding(workspace, "disk").state is state
 
 
+def test_gpus_that_torch_does_not_see(workspace, monkeypatch):
+    monkeypatch.setattr(doctor.gpus, "visible", lambda: ["0", "1"])
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    found = finding(workspace, "device")
+    assert found.state is State.WARN
+    assert "the driver shows 2, and torch sees none" in found.seen
+
+
 def test_a_model_that_is_not_there(workspace):
     values = {"model.source": "path", "model.name": str(workspace / "nothing")}
     change_params(Layout(workspace).params, values)
@@ -82,6 +90,28 @@ def test_a_model_that_is_not_there(workspace):
 def test_a_remote_that_cannot_be_written(workspace):
     (workspace / "remote").write_text("a file")
     assert finding(workspace, "DVC remote").state is State.FAIL
+
+
+def test_a_remote_whose_files_are_not_verified(workspace):
+    assert "not verified" in finding(workspace, "DVC remote").seen
+    subprocess.run(["dvc", "remote", "modify", "-q", "local", "verify", "true"], cwd=workspace, check=True)
+    assert finding(workspace, "DVC remote").state is State.OK
+
+
+def test_a_storage_that_does_not_answer(workspace, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "planted-key")
+    subprocess.run(
+        ["dvc", "remote", "add", "-q", "-d", "-f", "far", "s3://bucket/x"], cwd=workspace, check=True
+    )
+    for name, value in (("endpointurl", "http://127.0.0.1:9"), ("connect_timeout", "1"), ("verify", "true")):
+        subprocess.run(["dvc", "remote", "modify", "-q", "far", name, value], cwd=workspace, check=True)
+    subprocess.run(["dvc", "remote", "remove", "-q", "local"], cwd=workspace, check=True)
+    (workspace / "out.dvc").write_text(f"outs:\n- md5: '{'0' * 32}'\n  path: out\n")
+    found = finding(workspace, "DVC remote")
+    assert found.state is State.FAIL
+    assert "bucket/x cannot be asked" in found.seen
+    assert "planted-key" not in found.seen
 
 
 def test_no_remote(workspace):
