@@ -7,11 +7,13 @@ from pathlib import Path
 
 from prefect import flow
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
 from prefect.exceptions import ObjectAlreadyExists
 
-from flows import automations
+from flows import automations, forms
 from flows.up import POOL
+from rlhf_core.config import load_params
+from rlhf_core.layout import Layout
 from tasks import gpus
 
 CPU_RUNS = 2  # at once; each has a worktree of its own, but they share the processor
@@ -35,7 +37,7 @@ def make_pool() -> None:
 
 def deploy(root: Path) -> None:
     """The deployment `train/train`, which works in `root`."""
-    flow.from_source(source=str(root), entrypoint="flows/train.py:train").deploy(
+    deployment_id = flow.from_source(source=str(root), entrypoint="flows/train.py:train").deploy(
         name="train",
         work_pool_name=POOL,
         work_queue_name="gpu" if gpus.visible() else "cpu",
@@ -45,6 +47,10 @@ def deploy(root: Path) -> None:
         push=False,
         print_next_steps=False,
     )
+    with get_client(sync_client=True) as client:
+        schema = client.read_deployment(deployment_id).parameter_openapi_schema
+        schema = forms.for_reader(schema, load_params(Layout(root).params))
+        client.update_deployment(deployment_id, DeploymentUpdate(parameter_openapi_schema=schema))
 
 
 if __name__ == "__main__":
