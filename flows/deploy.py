@@ -11,7 +11,7 @@ from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
 from prefect.exceptions import ObjectAlreadyExists
 
 from flows import automations, forms
-from flows.up import POOL
+from flows.up import HEARTBEAT_SECONDS, POOL
 from rlhf_core.config import load_params
 from rlhf_core.layout import Layout
 from tasks import gpus
@@ -43,6 +43,7 @@ def deploy(root: Path) -> None:
         work_queue_name="gpu" if gpus.visible() else "cpu",
         description="Data, SFT, reward model, PPO, evaluation; registers the policy as candidate.",
         tags=["rlhf"],
+        job_variables={"env": {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS)}},
         build=False,
         push=False,
         print_next_steps=False,
@@ -57,3 +58,4 @@ if __name__ == "__main__":
     make_pool()
     deploy(Path.cwd().resolve())
     automations.ensure()
+    automations.ask_for_life()

@@ -103,6 +103,8 @@ def environment(root: Path, prefect_port: int, mlflow_port: int) -> dict[str, st
         "PREFECT_UI_API_URL": f"http://{HOST}:{prefect_port}/api",
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
+        # Waits of 2, 4, 8, ... seconds: a run outlives four minutes without its server.
+        "PREFECT_CLIENT_MAX_RETRIES": "7",
         "MLFLOW_TRACKING_URI": f"http://{HOST}:{mlflow_port}",
     }
 
