@@ -97,13 +97,13 @@ def trains(checkout, flow_run, stage):
     """Whether the stage of the run has saved a checkpoint, and goes on."""
     with contextlib.suppress(ValueError):
         run_dir = worktree_of(checkout, flow_run) / ".rlhf" / "runs" / stage
-        return list((run_dir / "checkpoints").glob("*/*.json"))
+        return list((run_dir / "checkpoints").glob("[!.]*/*.json"))  # not one that is being written
     return []
 
 
 def steps_done(checkout, flow_run, stage):
-    rows = (worktree_of(checkout, flow_run) / ".rlhf" / "runs" / stage / "history.jsonl").read_text()
-    return [json.loads(line)["step"] for line in rows.splitlines()]
+    rows = worktree_of(checkout, flow_run) / ".rlhf" / "runs" / stage / "history.jsonl"
+    return [json.loads(line)["step"] for line in rows.read_text().splitlines()] if rows.is_file() else []
 
 
 def kept(checkout, flow_run):
