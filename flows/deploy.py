@@ -7,8 +7,8 @@ from pathlib import Path
 
 from prefect import flow
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
-from prefect.exceptions import ObjectAlreadyExists
+from prefect.client.schemas.actions import DeploymentScheduleCreate, DeploymentUpdate, WorkPoolCreate
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
 from flows import automations, forms
 from flows.up import HEARTBEAT_SECONDS, POOL
@@ -35,6 +35,17 @@ def make_pool() -> None:
             client.update_work_queue(queue.id, concurrency_limit=limit)
 
 
+def schedules() -> list[DeploymentScheduleCreate]:
+    """Those that people have put on the deployment; to deploy it again without them would delete them."""
+    with get_client(sync_client=True) as client:
+        try:
+            found = client.read_deployment_by_name("train/train").schedules
+        except ObjectNotFound:
+            return []
+    names = set(DeploymentScheduleCreate.model_fields)
+    return [DeploymentScheduleCreate(**schedule.model_dump(include=names)) for schedule in found]
+
+
 def deploy(root: Path) -> None:
     """The deployment `train/train`, which works in `root`."""
     deployment_id = flow.from_source(source=str(root), entrypoint="flows/train.py:train").deploy(
@@ -44,6 +55,8 @@ def deploy(root: Path) -> None:
         description="Data, SFT, reward model, PPO, evaluation; registers the policy as candidate.",
         tags=["rlhf"],
         job_variables={"env": {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS)}},
+        schedules=schedules(),
+        ignore_warnings=True,
         build=False,
         push=False,
         print_next_steps=False,

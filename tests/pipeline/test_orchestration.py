@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 CANCEL_SECONDS = 30
 CRASH_SECONDS = 300
-LONG_SFT = ["sft.num_epochs=60", "sft.eval_every=100", "sft.checkpoint_seconds=1"]
+LONG_SFT = ["sft.num_epochs=30", "sft.eval_every=100", "sft.checkpoint_seconds=1"]
 
 
 class Services:
