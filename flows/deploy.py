@@ -9,12 +9,15 @@ from pathlib import Path
 
 from prefect import flow
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.actions import DeploymentScheduleCreate, DeploymentUpdate, WorkPoolCreate
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
-from flows import automations, promotions
+from flows import automations, forms, promotions
+from flows.settings import HEARTBEAT_SECONDS
 from flows.up import POOL
+from rlhf_core.config import load_params
 from rlhf_core.errors import InputError, RLHFError
+from rlhf_core.layout import Layout
 from tasks import gpus
 
 CPU_RUNS = 2  # at once; each has a worktree of its own, but they share the processor
@@ -36,6 +39,17 @@ def make_pool() -> None:
             client.update_work_queue(queue.id, concurrency_limit=limit)
 
 
+def schedules(name: str) -> list[DeploymentScheduleCreate]:
+    """Those that people have put on the deployment; to deploy it again without them would delete them."""
+    with get_client(sync_client=True) as client:
+        try:
+            found = client.read_deployment_by_name(f"train/{name}").schedules
+        except ObjectNotFound:
+            return []
+    names = set(DeploymentScheduleCreate.model_fields)
+    return [DeploymentScheduleCreate(**schedule.model_dump(include=names)) for schedule in found]
+
+
 def deploy(root: Path, pool: str = POOL) -> None:
     """The deployment `train/train`, which works in `root`; in another pool `train/train-POOL`.
 
@@ -43,16 +57,24 @@ def deploy(root: Path, pool: str = POOL) -> None:
     """
     if pool != POOL:
         _check_pool(pool)
-    flow.from_source(source=str(root), entrypoint="flows/train.py:train").deploy(
-        name="train" if pool == POOL else f"train-{pool}",
+    name = "train" if pool == POOL else f"train-{pool}"
+    deployment_id = flow.from_source(source=str(root), entrypoint="flows/train.py:train").deploy(
+        name=name,
         work_pool_name=pool,
         work_queue_name=("gpu" if gpus.visible() else "cpu") if pool == POOL else None,
         description="Data, SFT, reward model, PPO, evaluation; registers the policy as candidate.",
         tags=["rlhf"],
+        job_variables={"env": {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS)}},
+        schedules=schedules(name),
+        ignore_warnings=True,
         build=False,
         push=False,
         print_next_steps=False,
     )
+    with get_client(sync_client=True) as client:
+        schema = client.read_deployment(deployment_id).parameter_openapi_schema
+        schema = forms.for_reader(schema, load_params(Layout(root).params))
+        client.update_deployment(deployment_id, DeploymentUpdate(parameter_openapi_schema=schema))
 
 
 def _check_pool(name: str) -> None:
@@ -75,6 +97,7 @@ def main() -> None:
             make_pool()
         deploy(Path.cwd().resolve(), pool)
         automations.ensure()
+        automations.ask_for_life()
         promotions.deploy_all(Path.cwd().resolve())
     except RLHFError as error:
         print(f"error: {error}", file=sys.stderr)

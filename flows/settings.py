@@ -126,6 +126,8 @@ def clients(settings: Settings, env: Mapping[str, str]) -> dict[str, str]:
         "PREFECT_HOME": str(Layout(settings.root).state / "prefect-server"),
         "PREFECT_API_URL": f"{settings.prefect_url}/api",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
+        # Waits of 2, 4, 8, ... seconds: a run outlives four minutes without its server.
+        "PREFECT_CLIENT_MAX_RETRIES": "7",
         "MLFLOW_TRACKING_URI": settings.mlflow_url,
     }
     if settings.login:

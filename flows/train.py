@@ -36,17 +36,19 @@ from prefect import flow, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
-from prefect.runtime import flow_run
+from prefect.runtime import flow_run, task_run
 
+from flows import forms
 from rlhf_core.config import Params, load_params
 from rlhf_core.errors import RLHFError
 from rlhf_core.layout import Layout
 from rlhf_core.report import run_report
 from rlhf_core.stages import STAGES
-from tasks import gpus, registry, stages, workspace, worktrees
+from tasks import gpus, registry, shown, stages, workspace, worktrees
 from tasks.plan import Planned, plan, rows, summary
 from tasks.processes import end_orphans
 
+RETRY_SECONDS = 10  # before a failed task is started again: memory is free by then, a server up again
 TEMPORARY_SERVER = "prefect.server.api.server:create_app"
 
 
@@ -66,12 +68,15 @@ class WithoutTraceback(logging.Filter):
 
 
 @task(cache_policy=NO_CACHE, retry_condition_fn=worth_retrying, task_run_name="{stage}", name="stage")
-def run_stage(root: Path, stage: str, parent_run_id: str, kept: Path | None = None) -> stages.StageResult:
+def run_stage(
+    root: Path, stage: str, parent: registry.ParentRun, kept: Path | None = None
+) -> stages.StageResult:
     """Run one stage through DVC. Safe to retry: training goes on from its last checkpoint."""
-    return stages.run_stage(root, stage, load_params(Layout(root).params), parent_run_id, kept)
+    again = max(flow_run.run_count or 0, task_run.run_count or 0) > 1
+    return stages.run_stage(root, stage, load_params(Layout(root).params), parent, kept, again)
 
 
-@task(cache_policy=NO_CACHE, name="register")
+@task(cache_policy=NO_CACHE, name="register", retries=2, retry_delay_seconds=RETRY_SECONDS)
 def register(root: Path, parent: registry.ParentRun) -> str:
     """Put the policy into the registry as the candidate."""
     registry.log_result(root, parent)
@@ -90,6 +95,14 @@ def push(place: worktrees.RunPlace) -> None:
 @flow(name="train")
 def train(
     profile: Literal["keep", "default", "smoke"] = "keep",
+    run: forms.RunForm = forms.RunForm(),
+    model: forms.ModelForm = forms.ModelForm(),
+    data: forms.DataForm = forms.DataForm(),
+    sft: forms.SFTForm = forms.SFTForm(),
+    preferences: forms.PreferencesForm = forms.PreferencesForm(),
+    reward: forms.RewardForm = forms.RewardForm(),
+    ppo: forms.PPOForm = forms.PPOForm(),
+    evaluate: forms.EvaluateForm = forms.EvaluateForm(),
     overrides: list[str] = [],  # noqa: B006 - None would need an Optional, for which the form shows a switcher
     revision: str = "",
     in_place: bool = False,
@@ -99,7 +112,15 @@ def train(
 
     Args:
         profile: keep params.yaml as it is, or apply a profile first.
-        overrides: values to change, such as `ppo.kl_coef=0.1`.
+        run: the run as a whole. Empty fields mean what params.yaml or the profile says, here and below.
+        model: the model that everything starts from.
+        data: where the text comes from.
+        sft: supervised fine-tuning.
+        preferences: answers of the SFT model and their labels.
+        reward: the reward model.
+        ppo: the policy against the reward model.
+        evaluate: the comparison of base, SFT and policy.
+        overrides: any other value, such as `ppo.gae_lambda=0.9`; holds where a field above says otherwise.
         revision: the branch, tag or commit to run; empty means the last commit, with params.yaml as it lies
             in the checkout.
         in_place: work in the checkout itself, one run at a time, rather than in a worktree of its own.
@@ -109,6 +130,8 @@ def train(
         logging.getLogger(name).addFilter(WithoutTraceback())
     home = Path.cwd().resolve()
     workspace.check_workspace(home)
+    groups = (run, model, data, sft, preferences, reward, ppo, evaluate)
+    overrides = [*forms.overrides_of(dict(zip(forms.GROUPS, groups, strict=True))), *overrides]
     profile_name = "" if profile == "keep" else profile
     if dry_run:
         return show_plan(plan(home, profile_name, overrides))
@@ -153,12 +176,14 @@ def run_stages(root: Path, params: Params, place: worktrees.RunPlace | None = No
     if place:
         origin |= {"rlhf.branch": place.branch}
     with registry.parent_run(root, params, name, origin) as parent:
-        stages.show_links(root, parent.uri, parent.run_id, parent.experiment)
+        shown.link_runs(root, parent)
         if place:
             worktrees.note(place, mlflow_run=parent.run_id)
         for stage in STAGES:
-            retried = run_stage.with_options(retries=params.flow.stage_retries)
-            retried(root, stage, parent.run_id, place.kept if place else None)
+            retried = run_stage.with_options(
+                retries=params.flow.stage_retries, retry_delay_seconds=RETRY_SECONDS
+            )
+            retried(root, stage, parent, place.kept if place else None)
         return register(root, parent)
 
 

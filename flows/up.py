@@ -19,7 +19,6 @@ from pathlib import Path
 from types import FrameType
 
 from flows import settings
-from flows.settings import HEARTBEAT_SECONDS as HEARTBEAT_SECONDS
 from flows.settings import Settings
 from rlhf_core.cli import die_with_parent
 from rlhf_core.errors import RLHFError

@@ -75,10 +75,12 @@ class SpoolFollower:
         for line in lines:
             self._hand_on(*json.loads(line))
 
-    def finish(self) -> None:
-        """Hand on the rest and close the run; a stage that did not say how it ended was killed."""
+    def finish(self, *files: Path) -> None:
+        """Hand on the rest and `files`, close the run; a stage that did not say how it ended was killed."""
         self.update()
         if self._writer is not None:
+            for file in files:
+                self._writer.artifact(file)
             self._writer.close(self._status or "KILLED")
 
     def _hand_on(self, call: str, *arguments: Any) -> None:

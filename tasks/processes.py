@@ -46,12 +46,13 @@ def run_command(
     log_file: Path,
     time_limit: float,
     on_tick: Callable[[], None] | None = None,
+    append: bool = False,
 ) -> Finished:
     """Run `command` to its end or for `time_limit` seconds.
 
-    Each line goes to `on_line` (progress bars thinned), all output to `log_file`; `on_tick` is called about
-    once a
-    second. However this function is left, also by an exception or a cancelled task, no process stays behind.
+    Each line goes to `on_line` (progress bars thinned), all output to `log_file`, in place of what it held or
+    (`append`) after it; `on_tick` is called about once a second. However this function is left, also by an
+    exception or a cancelled task, no process stays behind.
     """
     log_file.parent.mkdir(parents=True, exist_ok=True)
     process = subprocess.Popen(
@@ -68,7 +69,7 @@ def run_command(
     tail: deque[str] = deque(maxlen=TAIL_LINES)
     timed_out = False
     try:
-        with log_file.open("wb") as log:
+        with log_file.open("ab" if append else "wb") as log:
             for line in _lines(process, log, deadline, on_tick):
                 tail.append(line)
                 on_line(line)

@@ -83,12 +83,10 @@ def read_pairs(path: Path) -> list[dict[str, float]]:
         return [{name: float(row[name]) for name in names} for row in csv.DictReader(file)]
 
 
-def draw_plots(figures: Figures, theme: str) -> dict[str, bytes]:
-    """PNG bytes by name, in the order of PLOTS, as far as there are numbers for them."""
-    import matplotlib
-
+def style(theme: str) -> Tree:
+    """matplotlib's settings for a picture in one of THEMES."""
     colors = THEMES[theme]
-    style = {
+    return {
         "font.family": "DejaVu Sans",  # comes with matplotlib, so every machine draws the same
         "font.size": 10,
         "figure.facecolor": colors["back"],
@@ -105,7 +103,14 @@ def draw_plots(figures: Figures, theme: str) -> dict[str, bytes]:
             ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.titlecolor"), colors["text"]
         ),
     }
-    with matplotlib.rc_context(style):
+
+
+def draw_plots(figures: Figures, theme: str) -> dict[str, bytes]:
+    """PNG bytes by name, in the order of PLOTS, as far as there are numbers for them."""
+    import matplotlib
+
+    colors = THEMES[theme]
+    with matplotlib.rc_context(style(theme)):
         pictures = {name: _draw(plot, figures, colors) for name, plot in PLOTS.items()}
     return {name: data for name, data in pictures.items() if data is not None}
 

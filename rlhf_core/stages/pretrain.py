@@ -28,6 +28,7 @@ from rlhf_core.tracking import Tracker
 from rlhf_core.training import Schedule, Task, in_micro_batches, train
 
 ROLE = "policy"
+SHOWN_ROWS = 8
 
 
 def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
@@ -97,6 +98,7 @@ def _pretrain(params: Params, layout: Layout, tracker: Tracker) -> dict[str, flo
     texts = {split: encode_texts(roles, file, config.max_length) for split, file in files.items()}
     eval_rows = texts["eval"][: 4 * config.batch_size]
     task = TextTask(roles, eval_rows, config.batch_size)
+    tracker.table("training_samples", [task.describe(row) for row in texts["train"][:SHOWN_ROWS]])
     schedule = Schedule(
         num_steps=config.num_steps,
         batch_size=config.batch_size,

@@ -35,6 +35,8 @@ from rlhf_core.training import Schedule, Task, in_micro_batches, train
 
 NORMALISATION_PAIRS = 64  # 128 scores: a mean to within a tenth of a standard deviation
 
+SHOWN_PAIRS = 8
+
 
 class PairwiseTask(Task):
     """-log sigmoid(score of chosen - score of rejected) over rankings, or regression on the answers' ratings.
@@ -189,6 +191,7 @@ def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
     roles.unshard()
     if ranks.is_first():
         write_pairs(layout.pair_scores, decided, scores, constants)
+        tracker.table("held_out_pairs", sample_pairs(task, decided, scores))
         _save(roles, heads, constants, params, layout)
     checkpoints.clear()
     return {
@@ -202,6 +205,29 @@ def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
         "reward/score_std": constants[0].std,
         **metrics,
     }
+
+
+def sample_pairs(
+    task: PairwiseTask, rows: Sequence[Pair], scores: tuple[Tensor, Tensor]
+) -> list[dict[str, Any]]:
+    """Some held-out pairs, from the one that the model has most wrong to the one that it is surest of.
+
+    `scores` holds the raw ones of chosen and rejected responses, (members, B) each.
+    """
+    probabilities = torch.sigmoid((scores[0] - scores[1]).mean(dim=0)).tolist()
+    order = sorted(range(len(rows)), key=probabilities.__getitem__)
+    shown = [order[round(i * (len(order) - 1) / (SHOWN_PAIRS - 1))] for i in range(SHOWN_PAIRS)]
+    decode = task.roles.tokenizer.decode
+    return [
+        {
+            "probability of chosen": round(probabilities[i], 3),
+            "prompt": decode(rows[i].prompt),
+            "chosen": decode(rows[i].chosen),
+            "rejected": decode(rows[i].rejected),
+            "source": rows[i].source,
+        }
+        for i in dict.fromkeys(shown)
+    ]
 
 
 def make_schedule(config: RewardConfig, num_rows: int) -> Schedule:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ROLE = "policy"
+SHOWN_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,7 @@ def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
     tracker.dataset("demonstrations", eval_file, "evaluation")
 
     task = CompletionTask(roles, eval_rows, config, params.run.seed)
+    tracker.table("training_samples", [task.describe(row) for row in train_rows[:SHOWN_ROWS]])
     before = task.evaluate()
     schedule = Schedule(
         num_steps=config.num_epochs * math.ceil(len(train_rows) / config.batch_size),

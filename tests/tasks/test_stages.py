@@ -1,57 +1,86 @@
-"""What a task shows of a running stage: warnings become events, each once."""
+"""Which failures of a stage are worth another try, and that the log of a retry goes on."""
 
 from __future__ import annotations
 
 import json
+import sys
 
+import pytest
+
+from rlhf_core.errors import DataRejected, InputError, RLHFError
 from rlhf_core.layout import Layout
-from rlhf_core.tracking import Tracker
+from rlhf_core.optim import DivergedError
+from rlhf_core.stages.runner import open_tracker
 from tasks import stages
+from tasks.processes import Finished, run_command
 
 
-def test_each_warning_of_a_stage_becomes_one_event(tmp_path, monkeypatch, capsys):
-    sent = []
-    monkeypatch.setattr(stages, "emit_event", lambda name, **facts: sent.append((name, facts)))
+def failure_of(error, params, layout, monkeypatch):
+    """What the task makes of a stage that raised `error`."""
+    monkeypatch.setenv("RLHF_TRACKING", "off")
+    with pytest.raises(type(error)), open_tracker("ppo", params, layout):
+        raise error
+    return stages.stage_error("ppo", Finished(1, "the last line"), layout, params)
+
+
+@pytest.mark.parametrize(
+    ("error", "retryable"),
+    [
+        (InputError("params.yaml: ppo.gamma = 2: above 1"), False),
+        (DataRejected("the data is not fit to train on"), False),
+        (DivergedError("gradients are not finite"), False),
+        (RLHFError("labeler endpoint http://x: failed 5 times"), True),
+        (MemoryError("no memory"), True),
+        (ConnectionError("reset by peer"), True),
+    ],
+)
+def test_only_what_may_go_better_is_tried_again(error, retryable, params, tmp_path, monkeypatch):
+    failed = failure_of(error, params, Layout(tmp_path), monkeypatch)
+    assert failed.retryable is retryable
+    if isinstance(error, RLHFError):
+        assert str(failed) == f"ppo: {error}"
+    else:
+        assert "the last line" in str(failed)
+
+
+@pytest.mark.parametrize("status", [-9, 137, 255])
+def test_a_stage_that_was_killed_is_tried_again(status, params, tmp_path):
+    failed = stages.stage_error("ppo", Finished(status, "Killed"), Layout(tmp_path), params)
+    assert failed.retryable
+    assert str(status) in str(failed)
+
+
+def test_a_stage_that_takes_too_long_would_again(params, tmp_path):
+    failed = stages.stage_error("ppo", Finished(-15, "", timed_out=True), Layout(tmp_path), params)
+    assert not failed.retryable
+    assert "flow.stage_time_limit" in str(failed)
+
+
+def test_log_of_a_retry_goes_on_and_of_a_new_run_begins(tmp_path):
+    def log_of(word, append):
+        run_command(
+            [sys.executable, "-c", f"print({word!r})"],
+            cwd=tmp_path,
+            env={},
+            on_line=lambda line: None,
+            log_file=tmp_path / "output.log",
+            time_limit=30.0,
+            append=append,
+        )
+        return (tmp_path / "output.log").read_text().split()
+
+    assert log_of("old", append=False) == ["old"]
+    assert log_of("first", append=False) == ["first"]
+    assert log_of("again", append=True) == ["first", "again"]
+
+
+def test_page_in_mlflow_is_that_of_the_stage_below_this_parent(tmp_path):
     layout = Layout(tmp_path)
-    watcher = stages.Alarms("ppo", layout)
-    watcher.update()
-    assert sent == []
-
-    tracker = Tracker("ppo", layout.run_dir("ppo"))
-    for text in ("KL is high; raise ppo.kl_coef", "KL is higher; raise ppo.kl_coef"):
-        tracker.warn("kl_runs_away", text)
-        watcher.update()
-    tracker.warn("dead_critic", "raise ppo.critic_learning_rate")
-    watcher.update()
-    watcher.update()
-
-    assert [name for name, _ in sent] == ["rlhf.warning.kl_runs_away", "rlhf.warning.dead_critic"]
-    assert sent[0][1]["resource"] == {"prefect.resource.id": "rlhf.stage.ppo"}
-    assert sent[0][1]["payload"] == {"stage": "ppo", "warning": "KL is high; raise ppo.kl_coef"}
-    said = capsys.readouterr().err
-    assert said.count("warning: ppo:") == 2
-
-
-def test_warnings_of_an_earlier_run_are_not_sent_again(tmp_path, monkeypatch):
-    sent = []
-    monkeypatch.setattr(stages, "emit_event", lambda name, **facts: sent.append(name))
-    layout = Layout(tmp_path)
-    file = layout.run_dir("ppo") / "warnings.json"
-    file.parent.mkdir(parents=True)
-    file.write_text(json.dumps({"dead_critic": "old"}))
-    stages.Alarms("ppo", layout).update()
-    assert sent == []
-
-
-def test_a_half_written_warning_file_waits_for_the_next_look(tmp_path, monkeypatch):
-    sent = []
-    monkeypatch.setattr(stages, "emit_event", lambda name, **facts: sent.append(name))
-    layout = Layout(tmp_path)
-    watcher = stages.Alarms("ppo", layout)
-    file = layout.run_dir("ppo") / "warnings.json"
-    file.parent.mkdir(parents=True)
-    file.write_text('{"dead_cr')
-    watcher.update()
-    file.write_text('{"dead_critic": "now"}')
-    watcher.update()
-    assert sent == ["rlhf.warning.dead_critic"]
+    parent = stages.ParentRun("mother", "7", "http://mlflow")
+    state = layout.run_dir("sft") / "mlflow.json"
+    state.parent.mkdir(parents=True)
+    state.write_text(json.dumps({"parent": "mother", "run": "child"}))
+    assert stages._run_page("sft", layout, parent) == "http://mlflow/#/experiments/7/runs/child"
+    state.write_text(json.dumps({"parent": "another", "run": "child"}))  # the stage came from the cache
+    assert stages._run_page("sft", layout, parent) == ""
+    assert stages._run_page("sft", layout, None) == ""
