@@ -246,6 +246,7 @@ class EventType(StrEnum):
     VOTE_CAST = "vote_cast"
     VOTE_UNDONE = "vote_undone"
     ITEM_SKIPPED = "item_skipped"
+    SKIP_UNDONE = "skip_undone"
     ITEM_FLAGGED = "item_flagged"
     FLAG_CLEARED = "flag_cleared"
     CHAT_TURN = "chat_turn"
