@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, Row, and_, exists, func, or_, select
 from sqlalchemy.sql.elements import ColumnElement
 
-from feedback.errors import ConflictError, InputError, NotAllowedError
+from feedback.errors import ConflictError, InputError, KeyUsedError, NotAllowedError
 from feedback.projects import get_item, get_project
 from feedback.records import (
     Annotator,
@@ -178,6 +178,17 @@ def held_item(store: Store, annotator: Annotator, item_id: str) -> Shown:
         return Shown(project, item, tuple(lease.sides), conversation(connection, item_id, annotator.id))
 
 
+def shown_for_vote(store: Store, annotator: Annotator, item_id: str, key: str) -> Shown:
+    """As `held_item`, and also for an item on which this annotator's vote `key` was counted before."""
+    with store.read() as connection:
+        mine = select(votes.c.record).where(votes.c.id == key, *_of(votes, item_id, annotator))
+        earlier = connection.scalar(mine)
+        if earlier is not None:
+            item = get_item(connection, item_id)
+            return Shown(get_project(connection, item.project), item, tuple(earlier["sides"]))
+    return held_item(store, annotator, item_id)
+
+
 def progress(store: Store, annotator: Annotator, project_id: str) -> Progress:
     with store.read() as connection:
         mine = and_(*_mine(votes, annotator, project_id), votes.c.undone.is_(False))
@@ -319,6 +330,8 @@ def _same(earlier: Row, annotator: Annotator, item_id: str, value: Record) -> Vo
     if earlier.annotator != annotator.id:
         raise NotAllowedError("this key belongs to another annotator's vote")
     vote = Vote.model_validate(earlier.record)
+    if earlier.undone:
+        raise KeyUsedError("this vote was taken back before; send it once more if you mean it")
     if vote.item != item_id or vote.value != value:
         raise ConflictError("this vote was counted before, with another answer; undo it to change it")
     return vote

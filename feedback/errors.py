@@ -19,5 +19,9 @@ class ConflictError(FeedbackError):
     """It contradicts what is stored already."""
 
 
+class KeyUsedError(ConflictError):
+    """An idempotency key whose vote was taken back; a vote that is meant anew needs a new key."""
+
+
 class StoreUnavailableError(FeedbackError):
     """The database is locked, full, read-only or away. Nothing was saved; the same may be sent again."""

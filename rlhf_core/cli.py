@@ -152,6 +152,14 @@ def up() -> None:
     _become("flows.up", [])
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
+)
+def feedback(context: typer.Context) -> None:
+    """Collect people's votes: `feedback serve`, create-project, add-annotator, import, export, status."""
+    _become("feedback.cli", context.args)
+
+
 @app.command()
 def doctor() -> None:
     """Look at all that a run needs here, and say what to do about what is missing."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -69,3 +71,60 @@ def pairs(store, count=5, gold=0, **fields):
     rows = [pair(n, gold=right if n >= count - gold else None) for n in range(count)]
     create_project(store, "system", project, rows)
     return project
+
+
+class Visitor:
+    """A browser without scripts: keeps its cookie and fills the forms that it finds."""
+
+    def __init__(self, app, name="", base="http://127.0.0.1"):
+        from starlette.testclient import TestClient
+
+        self.http = TestClient(app, base_url=base, follow_redirects=False)
+        if name:
+            answer = self.http.post("/login", data={"name": name, "secret": f"secret of {name}"})
+            assert answer.status_code == 303, answer.text
+
+    def get(self, path, **options):
+        return self.http.get(path, **options)
+
+    def fields(self, path, form="vote"):
+        """The hidden fields of a form of a page."""
+        text = self.get(path).text
+        body = re.search(rf'<form[^>]*id="{form}".*?</form>', text, re.S) or re.search(
+            rf'<form[^>]*action="[^"]*/{form}".*?</form>', text, re.S
+        )
+        assert body, text
+        hidden = re.findall(r'type="hidden" name="([^"]+)" value="([^"]*)"', body.group(0))
+        return {name: html.unescape(value) for name, value in hidden}
+
+    def vote(self, project="p", **values):
+        return self.http.post(f"/p/{project}/vote", data=self.fields(f"/p/{project}") | values)
+
+    def script(self, path, data):
+        """As the page's script sends."""
+        return self.http.post(path, data=data, headers={"Accept": "application/json"})
+
+    @property
+    def csrf(self):
+        return re.search(r'name="csrf" value="([^"]+)"', self.get("/").text).group(1)
+
+
+@pytest.fixture
+def app(store):
+    from feedback.policies import EchoPolicy
+    from feedback.web.app import create_app
+    from feedback.web.context import Settings
+
+    policies = {"x": EchoPolicy("Left out"), "y": EchoPolicy("Put in")}
+    return create_app(store, Settings(policies=policies))
+
+
+@pytest.fixture
+def visitor(app, store):
+    """Make an account and sign it in."""
+
+    def come(name="ann", role=Role.ANNOTATOR):
+        person(store, name, role)
+        return Visitor(app, name)
+
+    return come

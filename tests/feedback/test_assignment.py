@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import select
 
 from feedback import accounts, assignment
-from feedback.errors import ConflictError, InputError, NotAllowedError
+from feedback.errors import ConflictError, InputError, KeyUsedError, NotAllowedError
 from feedback.projects import create_project
 from feedback.records import Choice, Item, Label, Project
 from feedback.tables import items, votes
@@ -110,7 +110,8 @@ def test_undo_gives_the_same_item_again_and_the_vote_no_longer_counts(store):
     again = assignment.next_item(store, ann, "p")
     assert (again.item, again.sides) == (first.item, first.sides)
     vote(store, ann, again, "k2", TIE)
-    vote(store, ann, again, "k1")  # a late copy of the vote that was undone
+    with pytest.raises(KeyUsedError, match="taken back"):  # a late copy of the vote that was undone
+        vote(store, ann, again, "k1")
     assert [row.id for row in standing(store)] == ["k2"]
 
 
