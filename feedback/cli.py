@@ -6,6 +6,7 @@ import ipaddress
 import json
 import os
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +16,11 @@ from feedback.errors import FeedbackError, InputError
 from feedback.records import Role, TaskKind
 
 if TYPE_CHECKING:
-    from feedback.records import Annotator
+    from datetime import datetime
+
+    from feedback.collection import Collection
+    from feedback.formats.reading import Imported
+    from feedback.records import Annotator, Project
     from feedback.store import Store
 
 app = typer.Typer(
@@ -25,6 +30,25 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+class Form(StrEnum):
+    """What `import` reads."""
+
+    ITEMS = "items"
+    LABEL_STUDIO = "label-studio"
+    ARGILLA = "argilla"
+    TRL = "trl"
+
+
+class Export(StrEnum):
+    """What `export` writes."""
+
+    RECORDS = "records"
+    LABEL_STUDIO = "label-studio"
+    ARGILLA = "argilla"
+
+
 STATE = Path(".rlhf") / "feedback"
 DATABASE = STATE / "feedback.db"
 FIRST_MANAGER = "manager"
@@ -108,7 +132,7 @@ def create_project_command(
     """Make a project and fill its queue."""
     from pydantic import ValidationError
 
-    from feedback.loading import chat_items, explain, read_items
+    from feedback.loading import chat_items, explain, items_of_file
     from feedback.projects import create_project
     from feedback.records import Project
 
@@ -135,7 +159,7 @@ def create_project_command(
     elif file is None:
         raise InputError("--file is needed (or --chat FIRST,SECOND for a chat)")
     else:
-        rows = read_items(_lines(file), project, str(file))
+        rows = items_of_file(file, project)
     number = create_project(_open(database), "system", project, rows)
     typer.echo(f"project {project.id}: {number} items")
 
@@ -167,45 +191,45 @@ def add_annotator_command(
 def import_command(
     project_id: Annotated[str, typer.Argument(metavar="PROJECT")],
     file: Path,
+    form: Annotated[
+        Form, typer.Option("--format", help="items: rows to vote on, without votes.")
+    ] = Form.ITEMS,
     database: Database = str(DATABASE),
 ) -> None:
-    """Put more items, JSON lines, into a project's queue."""
-    from feedback.loading import read_items
-    from feedback.projects import add_items, get_project
+    """Put rows, or what another annotation system exported with its votes, into a project."""
+    from feedback.loading import add_imported
+    from feedback.projects import get_project
 
     store = _open(database)
     with store.read() as connection:
         project = get_project(connection, project_id)
-    number = add_items(store, "system", project_id, read_items(_lines(file), project, str(file)))
-    typer.echo(f"project {project_id}: {number} items more")
+    found = _read(file, form, project, store.clock())
+    number, votes = add_imported(store, "system", project, found)
+    typer.echo(f"project {project_id}: {number} items and {votes} votes more")
+    for reason, count in found.left_out.items():
+        typer.echo(f"left out: {count} x {reason}")
 
 
 @app.command("export")
 def export_command(
     project_id: Annotated[str, typer.Argument(metavar="PROJECT")],
-    directory: Annotated[Path, typer.Argument(help="A new or an earlier export's directory.")],
+    file: Annotated[Path, typer.Argument(help="Is replaced, whole.")],
+    form: Annotated[
+        Export, typer.Option("--format", help="records: everything, for `python -m feedback.snapshot` too.")
+    ] = Export.RECORDS,
     database: Database = str(DATABASE),
 ) -> None:
-    """Write a project's records as JSON lines: project, items, votes, annotators, decisions."""
+    """Write a project with its votes to a file."""
+    from feedback.files import write_whole
     from feedback.gathering import gather
     from feedback.records import EventType
 
     store = _open(database)
     found = gather(store, project_id)
-    directory.mkdir(parents=True, exist_ok=True)
-    parts = {
-        "project": [found.project],
-        "items": found.items,
-        "votes": found.votes,
-        "annotators": found.annotators,
-        "decisions": found.decisions,
-    }
-    for name, records in parts.items():
-        text = "".join(f"{json.dumps(r.model_dump(mode='json'), ensure_ascii=False)}\n" for r in records)
-        _write(directory / f"{name}.jsonl", text)
-    payload = {"project": project_id, "votes": len(found.votes), "to": str(directory)}
+    write_whole(file, _text(found, form))
+    payload = {"project": project_id, "votes": len(found.votes), "to": str(file)}
     store.log("system", EventType.EXPORTED, payload)
-    typer.echo(f"{directory}: {len(found.items)} items, {len(found.votes)} votes")
+    typer.echo(f"{file}: {len(found.items)} items, {len(found.votes)} votes")
 
 
 @app.command()
@@ -280,11 +304,38 @@ def _open(database: str) -> Store:
     return Store(database)
 
 
-def _lines(file: Path) -> list[str]:
+def _read(file: Path, form: Form, project: Project, at: datetime) -> Imported:
+    """Raises InputError that names file, line, key and rule."""
+    from feedback.formats import argilla, label_studio, trl
+    from feedback.formats.reading import Imported
+    from feedback.loading import items_of_file
+
     try:
-        return file.read_text("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file}: not UTF-8: {error}") from None
+        match form:
+            case Form.LABEL_STUDIO:
+                return label_studio.read_annotations(file, project)
+            case Form.ARGILLA:
+                return argilla.read_records(file, project, at)
+            case Form.TRL:
+                return trl.read_rows(file, project)
+        return Imported(items=items_of_file(file, project))
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def _text(found: Collection, form: Export) -> str:
+    from feedback.formats import argilla, label_studio
+    from feedback.formats.jsonl import write_collection
+
+    try:
+        match form:
+            case Export.LABEL_STUDIO:
+                return json.dumps(label_studio.tasks(found), ensure_ascii=False, indent=1)
+            case Export.ARGILLA:
+                return json.dumps(argilla.records(found), ensure_ascii=False, indent=1)
+        return write_collection(found)
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 def _name_and_target(text: str) -> tuple[str, str]:
@@ -292,16 +343,6 @@ def _name_and_target(text: str) -> tuple[str, str]:
     if not name or not separator or not target:
         raise InputError(f"--policy {text!r}: NAME=TARGET was expected")
     return name, target
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace the file in one step."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def main() -> None:

@@ -1,41 +1,33 @@
-"""Queues from JSON lines: a row becomes an item of a project.
-
-A row has `prompt` (a text or a list of messages) or `messages`; `responses` (texts, or objects with text,
-policy and decoding) or one `response`; and may have `id`, `group` and `gold`, a vote's value such as
-`{"kind": "choice", "choice": "a", "strength": 1}`. A row without an id gets one from its content.
-"""
+"""What fills a project's queue: rows of a file, conversations to be had, records of another system."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
 
 from pydantic import ValidationError
+from sqlalchemy import select
 
-from feedback.errors import InputError
-from feedback.records import Item, Project
+from feedback.errors import ConflictError, InputError
+from feedback.formats.jsonl import read_items
+from feedback.formats.reading import Imported
+from feedback.projects import append_items
+from feedback.records import EventType, Item, Project
+from feedback.store import Store
+from feedback.tables import annotators, items, votes
 
-KEYS = {"id", "prompt", "messages", "response", "responses", "group", "gold"}
 
+def items_of_file(path: Path, project: Project, name: str = "") -> list[Item]:
+    """The items in a file of JSON lines; see `feedback.formats.jsonl.read_items` for its keys.
 
-def read_items(lines: Iterable[str], project: Project, source: str) -> list[Item]:
-    """Raises InputError that names `source`, the line and the rule; then nothing was read."""
-    found: dict[str, int] = {}
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{source}: line {number}"
-        item = _item(_object(line, where), project, where)
-        if item.id in found:
-            raise InputError(f"{where}: the same item as line {found[item.id]} ({item.id})")
-        found[item.id] = number
-        rows.append(item)
-    if not rows:
-        raise InputError(f"{source}: no rows")
-    return rows
+    Raises InputError that calls the file `name` and says the line and the rule; then nothing was read.
+    """
+    try:
+        found = read_items(path, project).items
+    except (ValueError, RecursionError) as error:
+        raise InputError(str(error).replace(str(path), name or str(path))) from None
+    if not found:
+        raise InputError(f"{name or path}: no rows")
+    return found
 
 
 def chat_items(project: Project, policies: tuple[str, str], count: int) -> list[Item]:
@@ -54,39 +46,31 @@ def chat_items(project: Project, policies: tuple[str, str], count: int) -> list[
     ]
 
 
-def _object(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: an object was expected, found {type(row).__name__}")
-    unknown = set(row) - KEYS
-    if unknown:
-        raise InputError(f"{where}: unknown key {sorted(unknown)[0]!r}; known are {', '.join(sorted(KEYS))}")
-    return row
+def add_imported(store: Store, actor: str, project: Project, found: Imported) -> tuple[int, int]:
+    """Put what another system held into the store; what is there already stays as it is.
 
-
-def _item(row: dict[str, Any], project: Project, where: str) -> Item:
-    content = json.dumps(row, sort_keys=True, ensure_ascii=False)
-    digest = hashlib.sha256(content.encode(errors="surrogatepass")).hexdigest()
-    prompt = row.get("messages", row.get("prompt", []))
-    responses = row.get("responses", [row["response"]] if "response" in row else [])
-    values = {
-        "id": row.get("id", f"{project.id}-{digest[:12]}"),
-        "project": project.id,
-        "kind": project.kind,
-        "messages": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt,
-        "responses": [{"text": r} if isinstance(r, str) else r for r in responses]
-        if isinstance(responses, list)
-        else responses,
-        "group": row.get("group", ""),
-        "gold": row.get("gold"),
-    }
-    try:
-        return Item.model_validate(values)
-    except ValidationError as error:
-        raise InputError(f"{where}: {explain(error)}") from None
+    All or nothing. People who voted there get accounts without a secret, so nobody can sign in as them.
+    Returns how many items and votes were new. Raises ConflictError for a name that another person has here.
+    """
+    with store.write() as connection:
+        known = set(connection.scalars(select(items.c.id)))
+        counted = set(connection.scalars(select(votes.c.id)))
+        people = {row.id: row.name for row in connection.execute(select(annotators.c.id, annotators.c.name))}
+        number = append_items(
+            store, connection, actor, project, [item for item in found.items if item.id not in known]
+        )
+        for person in found.annotators.values():
+            if person.id in people:
+                continue
+            if person.name in people.values():
+                raise ConflictError(f"the name {person.name!r} is taken by another person")
+            payload = {"annotator": person.id, "name": person.name, "role": str(person.role)}
+            store.append(connection, actor, EventType.ANNOTATOR_ADDED, payload)
+        new_votes = [vote for vote in found.votes if vote.id not in counted]
+        for vote in new_votes:
+            payload = {"vote": vote.model_dump(mode="json"), "annotator": vote.annotator}
+            store.append(connection, actor, EventType.VOTE_CAST, payload)
+    return number, len(new_votes)
 
 
 def explain(error: ValidationError) -> str:

@@ -22,13 +22,13 @@ def create_project(store: Store, actor: str, project: Project, rows: Iterable[It
             raise ConflictError(f"project {project.id!r} exists already")
         payload = {"project": project.model_dump(mode="json")}
         store.append(connection, actor, EventType.PROJECT_CREATED, payload)
-        return _add(store, connection, actor, project, rows)
+        return append_items(store, connection, actor, project, rows)
 
 
 def add_items(store: Store, actor: str, project_id: str, rows: Iterable[Item]) -> int:
     """Put more items at the end of a project's queue, all or nothing. Raises as `create_project`."""
     with store.write() as connection:
-        return _add(store, connection, actor, get_project(connection, project_id), rows)
+        return append_items(store, connection, actor, get_project(connection, project_id), rows)
 
 
 def change_guidelines(store: Store, actor: str, project_id: str, guidelines: str) -> None:
@@ -67,7 +67,10 @@ def _record(connection: Connection, project_id: str) -> dict | None:
     return connection.scalar(select(projects.c.record).where(projects.c.id == project_id))
 
 
-def _add(store: Store, connection: Connection, actor: str, project: Project, rows: Iterable[Item]) -> int:
+def append_items(
+    store: Store, connection: Connection, actor: str, project: Project, rows: Iterable[Item]
+) -> int:
+    """`add_items` inside the caller's transaction."""
     known = set(connection.scalars(select(items.c.id)))
     count = 0
     for item in rows:

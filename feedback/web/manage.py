@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
+import shutil
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -15,7 +17,7 @@ from feedback.accounts import list_annotators
 from feedback.assignment import clear_flag
 from feedback.errors import InputError
 from feedback.gathering import gather, queue_state, remarks
-from feedback.loading import chat_items, explain, read_items
+from feedback.loading import chat_items, explain, items_of_file
 from feedback.projects import add_items, change_guidelines, create_project, get_project, list_projects
 from feedback.records import EventType, Item, Project, TaskKind
 from feedback.web.context import Form, Manager, StoreOf, done, page, settings_of, text_field
@@ -114,11 +116,10 @@ def _project(form: FormData) -> Project:
 def _rows(form: FormData, project: Project) -> list[Item]:
     file = form.get("file")
     if isinstance(file, UploadFile) and file.filename:
-        lines = io.TextIOWrapper(file.file, encoding="utf-8-sig")
-        try:
-            return read_items(lines, project, file.filename[:100])
-        except UnicodeDecodeError as error:
-            raise InputError(f"{file.filename[:100]}: not UTF-8: {error}") from None
+        with tempfile.NamedTemporaryFile(suffix=".jsonl") as copy:
+            shutil.copyfileobj(file.file, copy)
+            copy.flush()
+            return items_of_file(Path(copy.name), project, file.filename[:100])
     if project.kind is TaskKind.CHAT:
         return _chats(form, project)
     raise InputError("choose a file of JSON lines")
