@@ -1,4 +1,5 @@
-"""`make up`: a Prefect server, a process work pool with a worker, the deployments and an MLflow server.
+"""`make up`: Prefect's server, a process work pool with a worker, the deployments, MLflow's server and the
+annotation service.
 
 All on loopback, on the workspace's own databases, until Ctrl-C. Nothing is left running after.
 """
@@ -107,7 +108,9 @@ def environment(root: Path, prefect_port: int, mlflow_port: int) -> dict[str, st
     }
 
 
-def start_all(services: Services, root: Path, prefect_port: int, mlflow_port: int) -> None:
+def start_all(
+    services: Services, root: Path, prefect_port: int, mlflow_port: int, feedback_port: int
+) -> None:
     """Servers first, then pool and deployment, then the worker that needs both."""
     store, artifacts = f"sqlite:///{root}/mlflow.db", f"file://{root}/mlartifacts"
     services.start("prefect", "prefect", "server", "start", "--host", HOST, "--port", str(prefect_port))
@@ -116,6 +119,7 @@ def start_all(services: Services, root: Path, prefect_port: int, mlflow_port: in
         *("mlflow", "server", "--host", HOST, "--port", str(mlflow_port), "--workers", "1"),
         *("--backend-store-uri", store, "--default-artifact-root", artifacts, "--no-serve-artifacts"),
     )
+    services.start("feedback", "feedback.cli", "serve", "--host", HOST, "--port", str(feedback_port))
     services.wait_until("prefect", lambda: answers(f"http://{HOST}:{prefect_port}/api/health"))
     services.start("deploy", "flows.deploy")
     services.running["deploy"].wait(timeout=START_SECONDS)
@@ -123,6 +127,7 @@ def start_all(services: Services, root: Path, prefect_port: int, mlflow_port: in
         raise RLHFError(f"the deployments could not be made; see {services.log('deploy')}")
     services.start("worker", "prefect", "worker", "start", "--pool", POOL, "--type", "process")
     services.wait_until("mlflow", lambda: answers(f"http://{HOST}:{mlflow_port}/health"))
+    services.wait_until("feedback", lambda: answers(f"http://{HOST}:{feedback_port}/health"))
 
 
 def main() -> None:
@@ -134,10 +139,11 @@ def main() -> None:
         check_workspace(root)
         prefect_port = free_port(int(os.environ.get("RLHF_PREFECT_PORT", "4200")))
         mlflow_port = free_port(int(os.environ.get("RLHF_MLFLOW_PORT", "5000")))
+        feedback_port = free_port(int(os.environ.get("RLHF_FEEDBACK_PORT", "8600")))
         services = Services(root, environment(root, prefect_port, mlflow_port))
         print("starting (about half a minute) ...", flush=True)
-        start_all(services, root, prefect_port, mlflow_port)
-        print(ready_text(prefect_port, mlflow_port, root), flush=True)
+        start_all(services, root, prefect_port, mlflow_port, feedback_port)
+        print(ready_text(prefect_port, mlflow_port, feedback_port, root), flush=True)
         services.watch()
     except KeyboardInterrupt:
         print("\nstopping ...", flush=True)
@@ -152,10 +158,12 @@ def main() -> None:
     print("stopped", flush=True)
 
 
-def ready_text(prefect_port: int, mlflow_port: int, root: Path) -> str:
+def ready_text(prefect_port: int, mlflow_port: int, feedback_port: int, root: Path) -> str:
     return (
         f"Prefect   http://{HOST}:{prefect_port}    Deployments > train > Run runs {root} in a worktree\n"
         f"MLflow    http://{HOST}:{mlflow_port}\n"
+        f"Feedback  http://{HOST}:{feedback_port}    "
+        "sign in as manager, token in .rlhf/feedback/manager.token\n"
         f"from a shell:  PREFECT_API_URL=http://{HOST}:{prefect_port}/api "
         "prefect deployment run train/train\n"
         "Ctrl-C stops everything."

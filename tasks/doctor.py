@@ -29,7 +29,11 @@ GIB = 2**30
 RUN_DISK, LEAST_DISK = 5 * GIB, 1 * GIB  # a default run leaves 2.5 GiB
 RUN_MEMORY = 6 * GIB  # a stage of a default run takes up to 5
 PINNED = ("torch", "transformers", "prefect", "mlflow", "dvc", "great_expectations")
-PORTS = {"Prefect": ("RLHF_PREFECT_PORT", 4200), "MLflow": ("RLHF_MLFLOW_PORT", 5000)}
+PORTS = {
+    "Prefect": ("RLHF_PREFECT_PORT", 4200),
+    "MLflow": ("RLHF_MLFLOW_PORT", 5000),
+    "Feedback": ("RLHF_FEEDBACK_PORT", 8600),
+}
 
 
 class State(Enum):
@@ -187,7 +191,7 @@ def _remote(root: Path) -> Iterator[Finding]:
 def _servers(root: Path) -> Iterator[Finding]:
     urls = {"Prefect": os.environ.get("PREFECT_API_URL"), "MLflow": tracking_uri(root)}
     for what, (variable, default) in PORTS.items():
-        url = urls[what] or ""
+        url = urls.get(what) or ""
         if url.startswith("http"):
             health = f"{url.removesuffix('/')}/health"
             up = answers(health)

@@ -113,7 +113,9 @@ Form = Annotated[FormData, Depends(form_of)]
 
 def text_field(form: FormData, name: str, default: str = "") -> str:
     value = form.get(name, default)
-    return value.replace("\r\n", "\n") if isinstance(value, str) else default
+    if not isinstance(value, str):
+        return default
+    return value.replace("\r\n", "\n").replace("\x00", "")  # which PostgreSQL's texts cannot hold
 
 
 def page(

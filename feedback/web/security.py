@@ -44,6 +44,7 @@ class Rates:
         self._per_client = RateLimitItemPerMinute(per_client)
         self._per_session = RateLimitItemPerMinute(per_session)
         self._sign_ins = RateLimitItemPerMinute(sign_ins)
+        self._client_sign_ins = RateLimitItemPerMinute(6 * sign_ins)  # a whole office may share an address
         self._log_entries = RateLimitItemPerMinute(30)
 
     def allows(self, client: str, session: str) -> bool:
@@ -52,7 +53,7 @@ class Rates:
 
     def allows_sign_in(self, client: str, name: str) -> bool:
         """By client and by name, so that neither guessing many names nor from many places goes far."""
-        by_client = self._limiter.hit(self._sign_ins, "sign-in", client)
+        by_client = self._limiter.hit(self._client_sign_ins, "sign-in", client)
         return self._limiter.hit(self._sign_ins, "name", name[:200]) and by_client
 
     def allows_log(self, client: str) -> bool:

@@ -46,5 +46,6 @@ def login(request: Request, store: StoreOf, form: FormData = Depends(read_form))
 def logout(request: Request, store: StoreOf, session: Signed, form: Form) -> Response:
     accounts.sign_out(store, session.token, session.who)
     answer = RedirectResponse("/login", 303)
-    answer.delete_cookie(settings_of(request).cookie, path="/")
+    settings = settings_of(request)
+    answer.delete_cookie(settings.cookie, path="/", secure=settings.secure, httponly=True, samesite="lax")
     return answer

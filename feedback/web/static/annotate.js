@@ -320,12 +320,22 @@ function mark() {
   });
 }
 
+// Opening moves the focus inside; closing gives it back, so that Enter sends the vote again.
+let before = null;
+
 function toggle(id) {
   const details = document.getElementById(id);
   if (!details) return;
-  details.open = !details.open;
-  const first = details.open ? details.querySelector("input:not([type=hidden])") : null;
-  (first || details.querySelector("summary")).focus();
+  if (details.open) { close(details); return; }
+  before = document.activeElement;
+  details.open = true;
+  (details.querySelector("input:not([type=hidden])") || details.querySelector("summary")).focus();
+}
+
+function close(details) {
+  details.open = false;
+  document.activeElement.blur();
+  if (before && before !== document.body && !details.contains(before)) before.focus();
 }
 
 const commonKeys = {
@@ -359,7 +369,7 @@ document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.altKey || event.metaKey || event.isComposing) return;
   if (event.key === "Escape") {
     const open = target.closest("details[open]");
-    if (open) { open.open = false; open.querySelector("summary").focus(); } else target.blur();
+    if (open) close(open); else target.blur();
     return;
   }
   if (isWriting(target)) return;
