@@ -130,29 +130,23 @@ def create_project_command(
     database: Database = str(DATABASE),
 ) -> None:
     """Make a project and fill its queue."""
-    from pydantic import ValidationError
-
-    from feedback.loading import chat_items, explain, items_of_file
+    from feedback.loading import chat_items, items_of_file, make_project
     from feedback.projects import create_project
-    from feedback.records import Project
 
-    try:
-        project = Project.model_validate(
-            {
-                "id": project_id,
-                "name": name or project_id,
-                "kind": kind,
-                "guidelines": guidelines.read_text("utf-8") if guidelines else "",
-                "criteria": tuple(criterion or ()),
-                "scale": scale,
-                "overlap_votes": overlap_votes,
-                "overlap_share": overlap_share,
-                "gold_share": gold_share,
-                "lease_seconds": lease_seconds,
-            }
-        )
-    except ValidationError as error:
-        raise InputError(explain(error)) from None
+    project = make_project(
+        {
+            "id": project_id,
+            "name": name or project_id,
+            "kind": kind,
+            "guidelines": guidelines.read_text("utf-8") if guidelines else "",
+            "criteria": tuple(criterion or ()),
+            "scale": scale,
+            "overlap_votes": overlap_votes,
+            "overlap_share": overlap_share,
+            "gold_share": gold_share,
+            "lease_seconds": lease_seconds,
+        }
+    )
     if chat:
         first, _, second = chat.partition(",")
         rows = chat_items(project, (first, second), count)

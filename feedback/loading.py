@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 from sqlalchemy import select
@@ -28,6 +30,14 @@ def items_of_file(path: Path, project: Project, name: str = "") -> list[Item]:
     if not found:
         raise InputError(f"{name or path}: no rows")
     return found
+
+
+def make_project(values: Mapping[str, Any]) -> Project:
+    """Raises InputError for the first value that breaks a rule."""
+    try:
+        return Project.model_validate(values)
+    except ValidationError as error:
+        raise InputError(explain(error)) from None
 
 
 def chat_items(project: Project, policies: tuple[str, str], count: int) -> list[Item]:

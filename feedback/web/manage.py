@@ -17,7 +17,7 @@ from feedback.accounts import list_annotators
 from feedback.assignment import clear_flag
 from feedback.errors import InputError
 from feedback.gathering import gather, queue_state, remarks
-from feedback.loading import chat_items, explain, items_of_file
+from feedback.loading import chat_items, explain, items_of_file, make_project
 from feedback.projects import add_items, change_guidelines, create_project, get_project, list_projects
 from feedback.records import EventType, Item, Project, TaskKind
 from feedback.web.context import Form, Manager, StoreOf, done, page, settings_of, text_field
@@ -107,10 +107,7 @@ def _project(form: FormData) -> Project:
     }
     values["scale"] = int(values["scale"] or 5) if values["scale"] in ("", "5", "10") else values["scale"]
     values["criteria"] = tuple(filter(None, map(str.strip, text_field(form, "criteria").split(","))))
-    try:
-        return Project.model_validate(values)
-    except ValidationError as error:
-        raise InputError(explain(error)) from None
+    return make_project(values)
 
 
 def _rows(form: FormData, project: Project) -> list[Item]:
