@@ -74,7 +74,7 @@ def add_imported(store: Store, actor: str, project: Project, found: Imported) ->
                 continue
             if person.name in people.values():
                 raise ConflictError(f"the name {person.name!r} is taken by another person")
-            payload = {"annotator": person.id, "name": person.name, "role": str(person.role)}
+            payload: dict[str, Any] = {"annotator": person.id, "name": person.name, "role": str(person.role)}
             store.append(connection, actor, EventType.ANNOTATOR_ADDED, payload)
         new_votes = [vote for vote in found.votes if vote.id not in counted]
         for vote in new_votes:

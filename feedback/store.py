@@ -184,7 +184,8 @@ def _engine(url: str | Path, busy_seconds: float) -> Engine:
             return create_engine(parsed, pool_pre_ping=True)
         engine = create_engine(parsed, connect_args={"timeout": busy_seconds, "check_same_thread": False})
     except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
-        raise InputError(f"{url}: not the URL of a database: {error}") from None
+        scheme = url.partition("://")[0]  # the rest may hold a password
+        raise InputError(f"{scheme}://...: not the URL of a database ({type(error).__name__})") from None
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine

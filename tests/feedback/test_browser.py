@@ -101,6 +101,7 @@ def visit(browser, service, real_store):
         page.on("console", lambda message: message.type == "error" and page.problems.append(message.text))
         page.on("pageerror", lambda error: page.problems.append(str(error)))
         page.goto("/")
+        page.locator("input[name=name]:focus").wait_for()
         page.keyboard.type(name)
         page.keyboard.press("Tab")
         page.keyboard.type(f"secret of {name}")
@@ -333,7 +334,7 @@ def test_every_field_and_button_has_a_name_for_a_screen_reader(real_store, visit
     unnamed = page.evaluate(
         """() => Array.from(document.querySelectorAll(
             "button, input:not([type=hidden]), select, textarea, a, svg"))
-        .filter(e => !e.closest("[aria-hidden=true]") && !(e.innerText || "").trim()
+        .filter(e => !e.closest("[aria-hidden=true]") && !e.textContent.trim()
             && !e.getAttribute("aria-label") && !(e.labels && e.labels[0] && e.labels[0].textContent.trim()))
         .map(e => e.outerHTML)"""
     )

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, make_url, text
 
 from feedback import assignment
 from feedback.errors import FeedbackError, StoreUnavailableError
@@ -39,15 +39,13 @@ def server(root):
 
 @pytest.fixture
 def postgres(server):
-    engine = create_engine(
-        server.replace("postgresql:", "postgresql+psycopg:").replace("/rlhf", "/postgres"),
-        isolation_level="AUTOCOMMIT",
-    )
+    url = make_url(server).set(drivername="postgresql+psycopg")
     name = f"feedback_{random.randrange(10**9)}"
+    engine = create_engine(url.set(database="postgres"), isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
         connection.execute(text(f"CREATE DATABASE {name}"))
     engine.dispose()
-    opened = Store(server.replace("/rlhf", f"/{name}"), clock=Clock())
+    opened = Store(url.set(database=name).render_as_string(hide_password=False), clock=Clock())
     yield opened
     opened.close()
 
