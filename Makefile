@@ -41,7 +41,7 @@ setup: $(VENV)/.installed  ## virtual environment, packages, default model
 run: $(VENV)/.installed  ## the whole pipeline, ARGS="--profile smoke" or ARGS="-S ppo.kl_coef=0.1"
 	@rlhf run $(ARGS)
 
-up: $(VENV)/.installed  ## Prefect server, worker, deployments and MLflow server on this machine
+up: $(VENV)/.installed  ## Prefect server, worker, deployments, MLflow server and annotation service on this machine
 	@rlhf up
 
 test: $(VENV)/.installed-dev  ## the test suite

@@ -88,7 +88,7 @@ def make_user(wanted: Settings) -> None:
 def main() -> None:
     root = Path.cwd().resolve()
     try:
-        wanted = settings.read(root, settings.HOST, 0, 0, os.environ)
+        wanted = settings.read(root, settings.HOST, 0, 0, 0, os.environ)
         if wanted.database:
             for name in make_databases(wanted.database):
                 print(f"made database {name}")

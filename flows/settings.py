@@ -37,6 +37,7 @@ class Settings:
     root: Path
     prefect_port: int
     mlflow_port: int
+    feedback_port: int  # on loopback always: the annotation service has accounts and options of its own
     host: str = HOST
     public_host: str = HOST
     database: str = ""
@@ -44,7 +45,8 @@ class Settings:
     login: str = ""
 
     def __repr__(self) -> str:
-        return f"Settings({self.root}, {self.host}, {self.prefect_port}, {self.mlflow_port})"
+        ports = self.prefect_port, self.mlflow_port, self.feedback_port
+        return f"Settings({self.root}, {self.host}, {ports})"
 
     @property
     def near(self) -> str:
@@ -79,7 +81,14 @@ class Settings:
         return Layout(self.root).state / "mlflow-auth.ini"
 
 
-def read(root: Path, host: str, prefect_port: int, mlflow_port: int, env: Mapping[str, str]) -> Settings:
+def read(
+    root: Path,
+    host: str,
+    prefect_port: int,
+    mlflow_port: int,
+    feedback_port: int,
+    env: Mapping[str, str],
+) -> Settings:
     """Raises InputError that names the variable, never its value, when the settings do not fit together."""
     login, database, artifacts = (env.get(name, "") for name in (LOGIN, DATABASE, ARTIFACTS))
     if login:
@@ -94,7 +103,7 @@ def read(root: Path, host: str, prefect_port: int, mlflow_port: int, env: Mappin
     if artifacts and not artifacts.startswith("s3://"):
         raise InputError(f"{ARTIFACTS}: {without_secrets(artifacts)!r} must be s3://BUCKET/PATH")
     public = env.get(PUBLIC_HOST) or (socket.getfqdn() if host in EVERYWHERE else host)
-    return Settings(root, prefect_port, mlflow_port, host, public, database, artifacts, login)
+    return Settings(root, prefect_port, mlflow_port, feedback_port, host, public, database, artifacts, login)
 
 
 def _check_login(login: str) -> None:

@@ -1,4 +1,5 @@
-"""`make up`: a Prefect server, a process work pool with a worker, the deployments and an MLflow server.
+"""`make up`: Prefect's server, a process work pool with a worker, the deployments, MLflow's server and the
+annotation service.
 
 On loopback and the workspace's own SQLite files unless flows/settings.py is told otherwise; until Ctrl-C.
 Nothing is left running after.
@@ -115,10 +116,12 @@ def start_all(services: Services, wanted: Settings) -> None:
     mlflow = ("mlflow", "server", "--host", wanted.host, "--port", str(wanted.mlflow_port), "--workers", "1")
     login = ("--app-name", "basic-auth") if wanted.login else ()
     services.start("mlflow", *mlflow, *login, env=settings.mlflow_server(wanted))
+    services.start("feedback", "feedback.cli", "serve", "--host", HOST, "--port", str(wanted.feedback_port))
     services.wait_until("prefect", lambda: answers(f"{wanted.prefect_url}/api/health"))
     services.run("deploy", "the deployments could not be made", "flows.deploy")
     services.start("worker", "prefect", "worker", "start", "--pool", POOL, "--type", "process")
     services.wait_until("mlflow", lambda: answers(f"{wanted.mlflow_url}/health"))
+    services.wait_until("feedback", lambda: answers(f"http://{HOST}:{wanted.feedback_port}/health"))
 
 
 def main() -> None:
@@ -131,10 +134,11 @@ def main() -> None:
     services: Services | None = None
     try:
         check_workspace(root)
-        settings.read(root, host, 0, 0, os.environ)  # a mistake is said before anything is looked for
+        settings.read(root, host, 0, 0, 0, os.environ)  # a mistake is said before anything is looked for
         prefect_port = free_port(int(os.environ.get("RLHF_PREFECT_PORT", "4200")), host)
         mlflow_port = free_port(int(os.environ.get("RLHF_MLFLOW_PORT", "5000")), host)
-        wanted = settings.read(root, host, prefect_port, mlflow_port, os.environ)
+        feedback_port = free_port(int(os.environ.get("RLHF_FEEDBACK_PORT", "8600")), HOST)
+        wanted = settings.read(root, host, prefect_port, mlflow_port, feedback_port, os.environ)
         services = Services(root, settings.clients(wanted, os.environ))
         print("starting (about half a minute) ...", flush=True)
         start_all(services, wanted)
@@ -163,6 +167,8 @@ def ready_text(wanted: Settings) -> str:
     return (
         f"Prefect   {prefect}    Deployments > train > Run runs {wanted.root} in a worktree\n"
         f"MLflow    http://{wanted.public_host}:{wanted.mlflow_port}\n{who}"
+        f"Feedback  http://{HOST}:{wanted.feedback_port}    "
+        "sign in as manager, token in .rlhf/feedback/manager.token\n"
         f"from a shell:  PREFECT_API_URL={prefect}/api prefect deployment run train/train\n"
         "Ctrl-C stops everything."
     )

@@ -187,6 +187,14 @@ def bench(context: typer.Context) -> None:
     _become(f"benchmarks.{BENCHMARKS[part]}", options)
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
+)
+def feedback(context: typer.Context) -> None:
+    """Collect people's votes: `feedback serve`, create-project, add-annotator, import, export, status."""
+    _become("feedback.cli", context.args)
+
+
 @app.command()
 def doctor() -> None:
     """Look at all that a run needs here, and say what to do about what is missing."""

@@ -32,7 +32,11 @@ RUN_DISK, LEAST_DISK = 5 * GIB, 1 * GIB  # a default run leaves 2.5 GiB
 REMOTE_SECONDS = 30.0
 RUN_MEMORY = 6 * GIB  # a stage of a default run takes up to 5
 PINNED = ("torch", "transformers", "prefect", "mlflow", "dvc", "great_expectations")
-PORTS = {"Prefect": ("RLHF_PREFECT_PORT", 4200), "MLflow": ("RLHF_MLFLOW_PORT", 5000)}
+PORTS = {
+    "Prefect": ("RLHF_PREFECT_PORT", 4200),
+    "MLflow": ("RLHF_MLFLOW_PORT", 5000),
+    "Feedback": ("RLHF_FEEDBACK_PORT", 8600),
+}
 
 
 class State(Enum):
@@ -221,7 +225,7 @@ def _asked(root: Path, name: str, url: str) -> Finding:
 def _servers(root: Path) -> Iterator[Finding]:
     urls = {"Prefect": os.environ.get("PREFECT_API_URL"), "MLflow": tracking_uri(root)}
     for what, (variable, default) in PORTS.items():
-        url = urls[what] or ""
+        url = urls.get(what) or ""
         if url.startswith("http"):
             health = f"{url.removesuffix('/')}/health"
             up = answers(health)

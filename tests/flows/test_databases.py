@@ -85,7 +85,7 @@ def test_the_login_of_today_counts(tmp_path, monkeypatch):
 
     store = SqlAlchemyStore()
     for password in ("the first password", "the second one 2"):
-        wanted = settings.read(tmp_path, "127.0.0.1", 1, 2, {"RLHF_AUTH": f"ann:{password}"})
+        wanted = settings.read(tmp_path, "127.0.0.1", 1, 2, 3, {"RLHF_AUTH": f"ann:{password}"})
         databases.make_user(wanted)
         store.init_db(wanted.users)
         assert store.authenticate_user("ann", password)

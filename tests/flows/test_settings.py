@@ -16,7 +16,7 @@ EVERYTHING = {"RLHF_DATABASE_URL": URL, "RLHF_AUTH": LOGIN, "RLHF_ARTIFACTS": "s
 
 
 def read(host="127.0.0.1", **env):
-    return settings.read(Path("/home/rlhf"), host, 4200, 5000, env)
+    return settings.read(Path("/home/rlhf"), host, 4200, 5000, 8600, env)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])

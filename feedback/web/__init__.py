@@ -1,0 +1,1 @@
+"""The pages: annotators', adjudicators' and managers', and what guards them."""
