@@ -12,13 +12,14 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from feedback.errors import InputError
 from feedback.records import Annotator, Item, Message, Vote
 
 SPACES = " \t\r\n"
 M = TypeVar("M", bound=BaseModel)
 
 
-class FormatError(ValueError):
+class FormatError(InputError):
     """A file that cannot be read: names file, line, key, value and rule."""
 
     def __init__(self, path: Path, line: int, key: str, rule: str) -> None:

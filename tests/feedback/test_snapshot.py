@@ -1,0 +1,385 @@
+"""Rows by hand, and what a snapshot promises: the same bytes, no trace, no torn group, rows that are read."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta, timezone
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from feedback.collection import collect
+from feedback.formats.jsonl import write_collection
+from feedback.records import Choice, Correction, Critique, Label, Ranking, Ratings
+from feedback.rows import RowRules, group_of, make_rows
+from feedback.snapshot import SnapshotConfig, check_snapshot, make_snapshot, write_snapshot
+from rlhf_core.data.formats import to_rows
+from rlhf_core.data.sources import read_file
+from rlhf_core.data.split import split_of
+from tests.feedback.collections import (
+    START,
+    collections,
+    decision,
+    item,
+    pairs,
+    people,
+    project,
+    vote,
+)
+
+CONFIG = SnapshotConfig(license="CC-BY-4.0", num_samples=10)
+RULES = st.builds(
+    RowRules,
+    consensus=st.just("majority"),
+    ties=st.sampled_from(["keep", "drop", "soften"]),
+    disputed=st.sampled_from(["keep", "drop"]),
+    include_gold=st.booleans(),
+    min_votes=st.integers(1, 2),
+)
+
+
+def one_pair(given_votes, *, decisions=(), **rules):
+    rows = make_rows(pairs({"i1": given_votes}, decisions=decisions), RowRules(**rules))
+    assert len(rows.preferences) <= 1
+    return rows.preferences[0] if rows.preferences else None
+
+
+def test_a_pair_by_hand():
+    row = one_pair({"ann": "b3", "bob": "b1", "cat": "a1"})
+    assert (row["prompt"], row["chosen"], row["rejected"]) == ("question i1?", "i1 answer 1", "i1 answer 0")
+    assert row["votes"] == {"chosen": 2, "rejected": 1, "tie": 0, "bad": 0}
+    assert row["margin"] == 1.0  # (3 + 1 - 1) / 3
+    assert row["probability"] == 1.0
+    assert row["policies"] == {"chosen": "m1", "rejected": "m0"}
+    assert row["at"] == "2026-03-01T12:00:00+00:00"
+    assert len(row["annotators"]) == 3
+    assert not any(name in json.dumps(row) for name in ('ann"', "bob", 'cat"'))
+
+
+@pytest.mark.parametrize(
+    ("ties", "votes", "probability", "chosen"),
+    [
+        ("keep", {"ann": "tie", "bob": "tie", "cat": "a"}, 0.5, 0),
+        ("keep", {"ann": "a", "bob": "b"}, 0.5, 0),
+        ("drop", {"ann": "tie", "bob": "tie", "cat": "a"}, None, None),
+        ("drop", {"ann": "a", "bob": "b"}, None, None),
+        ("drop", {"ann": "b", "bob": "b", "cat": "tie"}, 1.0, 1),
+        ("soften", {"ann": "tie", "bob": "tie", "cat": "a"}, 0.666667, 0),  # (1 + 2 / 2) / 3
+        ("soften", {"ann": "b", "bob": "b", "cat": "a"}, 0.666667, 1),
+        ("soften", {"ann": "b", "bob": "bad", "cat": "tie"}, 0.75, 1),  # (1 + 1 / 2) / 2
+        ("soften", {"ann": "tie"}, 0.5, 0),
+        ("keep", {"ann": "bad", "bob": "bad", "cat": "a"}, None, None),
+    ],
+)
+def test_ties_are_kept_dropped_or_softened(ties, votes, probability, chosen):
+    row = one_pair(votes, ties=ties)
+    assert (row and row["probability"]) == probability
+    if row:
+        assert row["chosen"] == f"i1 answer {chosen}"
+
+
+def test_a_decision_settles_a_disputed_pair():
+    split = {"ann": "a", "bob": "b"}
+    assert one_pair(split, disputed="drop") is None
+    row = one_pair(split, disputed="drop", ties="drop", decisions=[decision("i1", "b1")])
+    assert (row["chosen"], row["margin"], row["adjudicated"]) == ("i1 answer 1", 1.0, True)
+    assert row["at"] == "2026-03-02T12:00:00+00:00"
+
+
+def test_a_ranking_gives_all_pairs_of_one_group():
+    table = {
+        "i1": {
+            "ann": Ranking(ranks=(2, 1, 3)),
+            "bob": Ranking(ranks=(3, 1, 2)),
+            "cat": Ranking(ranks=(2, 1, 2)),
+        }
+    }
+    rows = make_rows(pairs(table, kind="ranking"), RowRules(ties="soften")).preferences
+    found = {(row["chosen"][-1], row["rejected"][-1]): row["probability"] for row in rows}
+    # Answer 0 against 2: ann a, bob b, cat a tie.
+    assert found == {("1", "0"): 1.0, ("1", "2"): 1.0, ("0", "2"): 0.5}
+    assert len({row["group"] for row in rows}) == 1
+    assert "margin" not in rows[0]
+
+
+def test_ratings_make_pairs_by_margin():
+    def rated(tone, truth):
+        return Ratings(ratings={"tone": tone, "truth": truth})
+
+    items = [
+        item(name, "rating", prompt) for name, prompt in (("x", "q"), ("y", "q"), ("z", "q"), ("w", "other"))
+    ]
+    table = {
+        "x": {"ann": rated(5, 5), "bob": rated(4, 4)},  # 4.5
+        "y": {"ann": rated(4, 4)},  # 4
+        "z": {"ann": rated(2, 1), "bob": rated(2, 3)},  # 2
+        "w": {"ann": rated(1, 1)},
+    }
+    collection = pairs(table, kind="rating", items=items)
+    rows = make_rows(collection, RowRules(min_margin=1.0))
+    found = {(row["chosen"], row["rejected"]): row for row in rows.preferences}
+    assert {pair: row["margin"] for pair, row in found.items()} == {
+        ("x answer 0", "z answer 0"): 2.5,
+        ("y answer 0", "z answer 0"): 2.0,
+    }
+    row = found["x answer 0", "z answer 0"]
+    assert (row["chosen_score"], row["rejected_score"], row["items"]) == (4.5, 2.0, ["x", "z"])
+    assert rows.left_out == {"no other answer far enough in score": 1}
+    weighted = make_rows(collection, RowRules(min_margin=0.1, criteria_weights={"tone": 0.0})).preferences
+    assert {row["rejected_score"] for row in weighted} == {2.0, 4.0}
+    with pytest.raises(ValueError, match=r"criteria_weights: \['speed'\] must be of the criteria"):
+        make_rows(collection, RowRules(criteria_weights={"speed": 1.0}))
+
+
+def test_labels_critiques_and_corrections():
+    items = [item(name, "label", "q") for name in ("x", "y")]
+    rows = make_rows(
+        pairs({"x": {"ann": Label(good=True)}, "y": {"ann": Label(good=False)}}, kind="label", items=items)
+    )
+    assert [(row["completion"], row["label"]) for row in rows.labels] == [
+        ("x answer 0", True),
+        ("y answer 0", False),
+    ]
+    assert [(row["chosen"], row["rejected"]) for row in rows.preferences] == [("x answer 0", "y answer 0")]
+
+    rows = make_rows(
+        pairs({"x": {"ann": Correction(text="so"), "bob": Correction(text="or so")}}, kind="correction")
+    )
+    assert sorted(row["response"] for row in rows.demonstrations) == ["or so", "so"]
+    assert {row["corrects"] for row in rows.demonstrations} == {"x answer 0"}
+
+    rows = make_rows(pairs({"x": {"ann": Critique(text="too long")}}, kind="critique"))
+    assert [(row["response"], row["critique"]) for row in rows.critiques] == [("x answer 0", "too long")]
+
+
+def test_gold_items_and_items_with_few_votes_give_no_rows():
+    items = [item("gold", gold=Choice(choice="a", strength=1)), item("few"), item("none")]
+    collection = pairs({"gold": {"ann": "a", "bob": "a"}, "few": {"ann": "a"}}, items=items)
+    rows = make_rows(collection, RowRules(min_votes=2))
+    assert rows.preferences == []
+    assert rows.left_out == {"gold item": 1, "too few votes": 2}
+    assert len(make_rows(collection, RowRules(include_gold=True)).preferences) == 2
+
+
+def test_a_group_of_several_prompts_is_refused():
+    items = [item("x", prompt="one", group="g"), item("y", prompt="two", group="g")]
+    with pytest.raises(ValueError, match=r"item y: group 'g' holds item x too, whose prompt differs"):
+        make_rows(pairs({"x": {"ann": "a"}}, items=items))
+
+
+def shuffled(collection, rng):
+    parts = [
+        list(part)
+        for part in (collection.items, collection.votes, collection.annotators, collection.decisions)
+    ]
+    for part in parts:
+        rng.shuffle(part)
+    return collect(collection.project, *parts)
+
+
+def files(collection, config=CONFIG):
+    """The files of the snapshot, None when no vote counts."""
+    counted = collection.counted()
+    if not counted.votes and not counted.decisions:
+        return None
+    return make_snapshot(collection, config).files
+
+
+@settings(deadline=None, max_examples=60)
+@given(collections(), RULES, st.randoms(use_true_random=False))
+def test_the_bytes_do_not_depend_on_the_order_of_records(collection, rules, rng):
+    config = CONFIG.model_copy(update={"rules": rules})
+    assert files(shuffled(collection, rng), config) == files(collection, config)
+
+
+@settings(deadline=None, max_examples=60)
+@given(collections(), RULES)
+def test_an_excluded_annotator_leaves_no_trace(collection, rules):
+    config = CONFIG.model_copy(update={"rules": rules})
+    gone = {person.id for person in collection.annotators if person.excluded}
+    never = collect(
+        collection.project,
+        collection.items,
+        [one for one in collection.votes if one.annotator not in gone],
+        [person for person in collection.annotators if person.id not in gone],
+        [one for one in collection.decisions if one.annotator not in gone],
+    )
+    assert files(collection, config) == files(never, config)
+
+
+def test_dawid_skene_snapshots_do_not_depend_on_the_order_either():
+    rng = random.Random(3)
+    table = {
+        f"i{n}": {who: rng.choice(["a", "b", "tie"]) for who in ("ann", "bob", "cat")} for n in range(12)
+    }
+    collection = pairs(table)
+    config = CONFIG.model_copy(update={"rules": RowRules(consensus="dawid_skene", ties="soften")})
+    first = files(collection, config)
+    assert all(files(shuffled(collection, rng), config) == first for _ in range(4))
+
+
+@settings(deadline=None, max_examples=60)
+@given(collections(), RULES, st.floats(0.0, 1.0))
+def test_a_group_is_never_on_both_sides_of_the_pipelines_split(collection, rules, eval_fraction):
+    found = make_rows(collection, rules)
+    for kind in ("preferences", "demonstrations"):
+        sides: dict[str, set[str]] = {}
+        for raw in getattr(found, kind):
+            for row in to_rows(raw, kind):
+                sides.setdefault(raw["group"], set()).add(split_of(row["prompt"], eval_fraction))
+        assert all(len(side) == 1 for side in sides.values())
+
+
+def test_groups_tell_prompts_apart():
+    assert group_of(item("x", prompt="one")) == group_of(item("y", prompt="one"))
+    assert group_of(item("x", prompt="one")) != group_of(item("x", prompt="two"))
+
+
+def test_the_pipelines_reader_reads_a_snapshot(tmp_path):
+    collection = pairs({"i1": {"ann": "b3", "bob": "b1"}, "i2": {"ann": "tie"}, "i3": {"ann": "a"}})
+    write_snapshot(collection, CONFIG, tmp_path / "set")
+    read = list(read_file(tmp_path / "set" / "preferences.jsonl"))
+    rows = [row for raw in read for row in to_rows(raw.values, "preferences")]
+    assert [
+        (row["prompt"], row["chosen"], row["rejected"], row["margin"], row["probability"]) for row in rows
+    ] == [
+        ("question i1?", "i1 answer 1", "i1 answer 0", 2.0, 1.0),
+        ("question i2?", "i2 answer 0", "i2 answer 1", 0.0, 0.5),
+        ("question i3?", "i3 answer 0", "i3 answer 1", 2.0, 1.0),
+    ]
+    corrections = pairs({"i1": {"ann": Correction(text="rather so")}}, kind="correction")
+    write_snapshot(corrections, CONFIG, tmp_path / "set")
+    (raw,) = read_file(tmp_path / "set" / "demonstrations.jsonl")
+    (row,) = to_rows(raw.values, "demonstrations")
+    assert (row["prompt"], row["response"]) == ("question i1?", "rather so")
+    assert not (tmp_path / "set" / "preferences.jsonl").exists()
+
+
+def test_ratings_are_read_with_their_scores(tmp_path):
+    items = [item(name, "rating", "a question") for name in ("x", "y")]
+    table = {name: {"ann": Ratings(ratings={"tone": n, "truth": n})} for name, n in (("x", 2), ("y", 5))}
+    write_snapshot(pairs(table, kind="rating", items=items), CONFIG, tmp_path / "set")
+    (raw,) = read_file(tmp_path / "set" / "preferences.jsonl")
+    (row,) = to_rows(raw.values, "preferences")
+    assert (row["chosen"], row["chosen_score"], row["rejected_score"], row["margin"]) == (
+        "y answer 0",
+        5,
+        2,
+        3,
+    )
+
+
+def test_a_time_zone_changes_no_byte():
+    items = [item("i1")]
+    east = datetime(2026, 3, 1, 15, 30, tzinfo=timezone(timedelta(hours=3, minutes=30)))
+    made = [
+        files(collect(project(), items, [vote("i1", "ann", "a", at=at)], people("ann")))
+        for at in (START, east)
+    ]
+    assert made[0] == made[1]
+    assert east == START == datetime(2026, 3, 1, 12, tzinfo=UTC)
+
+
+def test_the_content_hash_changes_with_a_vote_and_with_a_rule():
+    table = {"i1": {"ann": "tie", "bob": "a"}}
+    hashes = {
+        make_snapshot(pairs(table), CONFIG).content_hash,
+        make_snapshot(pairs({"i1": {"ann": "tie", "bob": "b"}}), CONFIG).content_hash,
+        make_snapshot(
+            pairs(table), CONFIG.model_copy(update={"rules": RowRules(ties="soften")})
+        ).content_hash,
+        make_snapshot(
+            pairs(table), CONFIG.model_copy(update={"rules": RowRules(pseudonym_key="k")})
+        ).content_hash,
+    }
+    assert len(hashes) == 4
+
+
+def test_the_card_says_what_the_set_is(tmp_path):
+    table = {f"i{n}": {"ann": "a", "bob": "ab"[n % 2]} for n in range(6)}
+    table["gold"] = {"ann": "a"}
+    items = [item(name, gold=Choice(choice="a", strength=1) if name == "gold" else None) for name in table]
+    config = CONFIG.model_copy(
+        update={"consent": "Signed | form 3", "rules": RowRules(pseudonym_key="secret")}
+    )
+    snapshot = write_snapshot(pairs(table, items=items), config, tmp_path / "set")
+    text = (tmp_path / "set" / "README.md").read_text()
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert front["license"] == "CC-BY-4.0"
+    assert {one["data_files"] for one in front["configs"]} == {"preferences.jsonl", "votes.jsonl"}
+    for words in (
+        snapshot.content_hash,
+        "| votes | 13 |",
+        "| gold item | 1 |",
+        "Signed \\| form 3",
+        "Krippendorff's alpha",
+        "2026-03-01T12:00:00+00:00 to 2026-03-01T12:00:00+00:00",
+    ):
+        assert words in text
+    everything = "".join(snapshot.files.values())
+    assert "secret" not in everything
+    assert "name of ann" not in everything
+    assert '"ann"' not in everything
+
+
+def test_a_snapshot_is_whole_or_not_there(tmp_path, monkeypatch):
+    place = tmp_path / "set"
+    write_snapshot(pairs({"i1": {"ann": "a"}}), CONFIG, place)
+    before = {path.name: path.read_bytes() for path in place.iterdir()}
+
+    def full(path, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("feedback.snapshot.write_whole", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_snapshot(pairs({"i1": {"ann": "b"}}), CONFIG, place)
+    assert {path.name: path.read_bytes() for path in place.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_a_changed_snapshot_is_noticed(tmp_path):
+    place = tmp_path / "set"
+    write_snapshot(pairs({"i1": {"ann": "a"}}), CONFIG, place)
+    assert check_snapshot(place)["counts"]["votes"] == 1
+    rows = (place / "preferences.jsonl").read_text()
+    (place / "preferences.jsonl").write_text(rows.replace("answer 0", "answer 9"))
+    with pytest.raises(ValueError, match=r"preferences\.jsonl: was changed"):
+        check_snapshot(place)
+    (place / "preferences.jsonl").unlink()
+    with pytest.raises(ValueError, match="not a whole snapshot"):
+        check_snapshot(place)
+
+
+def test_a_folder_of_other_things_is_not_replaced(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds no manifest\.json"):
+        write_snapshot(pairs({"i1": {"ann": "a"}}), CONFIG, tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_nothing_to_say_is_an_error():
+    with pytest.raises(ValueError, match="no vote counts"):
+        make_snapshot(pairs({"i1": {"ann": "a"}}, excluded=["ann"]), CONFIG)
+
+
+def test_the_command_makes_checks_and_refuses(tmp_path, root):
+    records = tmp_path / "records.jsonl"
+    records.write_text(write_collection(pairs({"i1": {"ann": "a", "bob": "tie"}})))
+
+    def command(*arguments):
+        words = [sys.executable, "-m", "feedback.snapshot", *map(str, arguments)]
+        return subprocess.run(words, cwd=root, capture_output=True, text=True)
+
+    made = command(records, tmp_path / "set", "--license", "CC0-1.0", "--ties", "soften")
+    assert made.returncode == 0, made.stderr
+    assert check_snapshot(tmp_path / "set")["rules"]["ties"] == "soften"
+    assert "whole, content" in command("--check", tmp_path / "set").stdout
+    wrong = command(records, tmp_path / "other", "--license", "CC0-1.0", "--ties", "break")
+    assert wrong.returncode == 2
+    assert "ties: 'break': Input should be 'keep', 'drop' or 'soften'" in wrong.stderr
+    assert not (tmp_path / "other").exists()
