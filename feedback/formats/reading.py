@@ -104,7 +104,10 @@ def read_objects(path: Path) -> Iterator[Element]:
 def _lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            yield number, _decode(path, line, 0, number)[0]
+            value, end = _decode(path, line, 0, number)
+            if line[end:].strip():
+                raise FormatError(path, number, "", f"{shown(line[end:])}; a line must hold one JSON object")
+            yield number, value
 
 
 def _array(path: Path, text: str) -> Iterator[tuple[int, Any]]:

@@ -7,7 +7,7 @@ import math
 import krippendorff
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from feedback.agreement import (
@@ -46,6 +46,7 @@ def test_alpha_by_hand():
 ratings = st.lists(st.lists(st.none() | st.integers(1, 5), min_size=8, max_size=8), min_size=2, max_size=5)
 
 
+@settings(deadline=None)
 @given(ratings, st.sampled_from(["nominal", "ordinal", "interval"]))
 def test_alpha_is_that_of_the_package_krippendorff(rows, level):
     units = [[value for value in column if value is not None] for column in zip(*rows)]
@@ -58,6 +59,7 @@ def test_alpha_is_that_of_the_package_krippendorff(rows, level):
     assert found == pytest.approx(krippendorff.alpha(matrix, level_of_measurement=level), abs=1e-9)
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.sampled_from("abc"), min_size=2, max_size=4), min_size=2, max_size=8))
 def test_alpha_does_not_depend_on_the_order_of_units_and_labels(units):
     turned = [unit[::-1] for unit in units[::-1]]

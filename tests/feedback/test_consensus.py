@@ -6,7 +6,7 @@ import math
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from feedback.consensus import (
     DisagreementRule,
@@ -133,6 +133,7 @@ def test_ratings_are_disputed_by_their_range():
     assert [one.item for one in adjudication_queue(collection)] == ["far"]
 
 
+@settings(deadline=None)
 @given(collections())
 def test_shares_add_up_to_1_and_excluded_votes_are_not_among_them(collection):
     counted = collection.counted()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
 
 import pytest
 import yaml
@@ -383,3 +385,30 @@ def test_the_command_makes_checks_and_refuses(tmp_path, root):
     assert wrong.returncode == 2
     assert "ties: 'break': Input should be 'keep', 'drop' or 'soften'" in wrong.stderr
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.slow
+def test_a_dvc_output_is_the_same_whatever_the_order_of_the_records(tmp_path, root):
+    """`dvc repro` runs the stage for a records file in another order, and finds the output it had."""
+    lines = write_collection(
+        pairs({f"i{n}": {"ann": "a", "bob": "ab"[n % 2]} for n in range(9)})
+    ).splitlines()
+    bin_directory = Path(sys.executable).parent
+    command = f"{sys.executable} -m feedback.snapshot records.jsonl set --license CC0-1.0"
+    stage = {"cmd": command, "deps": ["records.jsonl"], "outs": ["set"]}
+    (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"feedback": stage}}))
+
+    def dvc(*arguments):
+        env = os.environ | {"PYTHONPATH": str(root), "DVC_NO_ANALYTICS": "1"}
+        subprocess.run([bin_directory / "dvc", *arguments], cwd=tmp_path, env=env, check=True)
+
+    def repro(records):
+        (tmp_path / "records.jsonl").write_text("".join(f"{line}\n" for line in records))
+        dvc("repro", "-q")
+        lock = yaml.safe_load((tmp_path / "dvc.lock").read_text())["stages"]["feedback"]
+        return lock["deps"][0]["md5"], lock["outs"][0]["md5"]
+
+    dvc("init", "--no-scm", "-q")
+    first, second = repro(lines), repro(lines[::-1])
+    assert first[0] != second[0]
+    assert first[1] == second[1]
