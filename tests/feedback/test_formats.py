@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from feedback.collection import collect
 from feedback.formats import argilla, jsonl, label_studio, trl
-from feedback.formats.reading import FormatError, read_objects
+from feedback.formats.reading import FormatError
 from feedback.records import Annotator, Ranking
 from feedback.rows import make_rows
 from tests.feedback.collections import KINDS, START, TEXTS, choice, collections, item, pairs, project
@@ -372,28 +372,6 @@ def test_forms_without_a_chat_or_a_ranking_say_so(place):
             call(project("chat"))
     with pytest.raises(ValueError, match="no data set type for a ranking"):
         trl.read_rows(place(as_lines(GOOD)), project("ranking"))
-
-
-@settings(deadline=None)
-@given(st.text() | st.lists(st.dictionaries(TEXTS, st.integers() | TEXTS, max_size=2)).map(json.dumps))
-def test_any_text_is_read_or_told_what_is_wrong(place, text):
-    try:
-        found = [one.values for one in read_objects(place(text))]
-    except FormatError as error:
-        found = error
-    if isinstance(found, FormatError):
-        assert found.line >= 1
-    elif text.lstrip().startswith("["):
-        assert found == json.loads(text)
-    else:
-        assert found == [json.loads(line) for line in text.split("\n") if line.strip()]
-
-
-def test_bytes_that_are_no_text_are_told_with_their_line(tmp_path):
-    path = tmp_path / "x.jsonl"
-    path.write_bytes(b'{"prompt": "q"}\n{"prompt": "\xff"}\n')
-    with pytest.raises(FormatError, match="line 2: must be UTF-8 text"):
-        list(read_objects(path))
 
 
 def test_an_item_of_another_kind_is_refused():
