@@ -8,6 +8,7 @@ import random
 import pytest
 from hypothesis import given, settings
 
+from feedback.collection import collect
 from feedback.consensus import (
     DisagreementRule,
     adjudication_queue,
@@ -19,7 +20,7 @@ from feedback.consensus import (
 )
 from feedback.records import Ratings
 from feedback.units import Unit
-from tests.feedback.collections import collections, decision, pairs
+from tests.feedback.collections import collections, decision, item, pairs, people, project, vote
 
 
 def test_majority_by_hand():
@@ -141,3 +142,14 @@ def test_shares_add_up_to_1_and_excluded_votes_are_not_among_them(collection):
     assert not voters & {person.id for person in collection.annotators if person.excluded}
     for shares in consensus(collection).values():
         assert sum(shares.values()) == pytest.approx(1.0)
+
+
+def test_the_last_vote_of_an_annotator_counts_whatever_its_id():
+    votes = [
+        vote("i1", "ann", "a", minutes=0, id="z"),
+        vote("i1", "ann", "b", minutes=5, id="y"),
+        vote("i1", "ann", "tie", minutes=2, id="x"),
+    ]
+    collection = collect(project(), [item("i1")], votes, people("ann"))
+    assert [one.id for one in collection.counted().votes] == ["y"]
+    assert consensus(collection) == {Unit("i1", "choice"): {"b": 1.0}}
