@@ -179,7 +179,8 @@ def _preference(item: Item, pair: tuple[int, int], verdict: Verdict, rules: RowR
     same = item.responses[pair[0]].text == item.responses[pair[1]].text
     if same or leading(verdict.shares) == "bad" or total == 0.0:
         return None
-    probability = (compared["a"] + TIE * compared["tie"]) / total
+    # Thirds do not add up exactly; a tie must not hang on the last bit.
+    probability = round((compared["a"] + TIE * compared["tie"]) / total, 9)
     if rules.ties != "soften":
         probability = {"a": 1.0, "b": 0.0}.get(str(leading(compared)), TIE)
     if probability == TIE and rules.ties == "drop":

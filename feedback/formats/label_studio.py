@@ -282,6 +282,9 @@ class _Reader:
         given = annotation.get("unique_id") or identifier(
             "vote", self.project.id, item.id, annotator, annotation.get("id", key)
         )
+        if not isinstance(annotation.get("created_at"), str):
+            rule = "must be a time in ISO 8601"
+            raise element.error(f"{key}.created_at", f"{shown(annotation.get('created_at'))}; {rule}")
         record = {
             "id": given,
             "project": self.project.id,

@@ -12,13 +12,14 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from feedback.errors import InputError
 from feedback.records import Annotator, Item, Message, Vote
 
 SPACES = " \t\r\n"
 M = TypeVar("M", bound=BaseModel)
 
 
-class FormatError(ValueError):
+class FormatError(InputError):
     """A file that cannot be read: names file, line, key, value and rule."""
 
     def __init__(self, path: Path, line: int, key: str, rule: str) -> None:
@@ -103,7 +104,10 @@ def read_objects(path: Path) -> Iterator[Element]:
 def _lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            yield number, _decode(path, line, 0, number)[0]
+            value, end = _decode(path, line, 0, number)
+            if line[end:].strip():
+                raise FormatError(path, number, "", f"{shown(line[end:])}; a line must hold one JSON object")
+            yield number, value
 
 
 def _array(path: Path, text: str) -> Iterator[tuple[int, Any]]:
