@@ -38,8 +38,10 @@ def find(home: Path, stopped: bool) -> list[Leftover]:
 def _worktrees(home: Path, stopped: bool) -> Iterator[Leftover]:
     for root in sorted(Layout(home).worktrees.glob("*")):
         run = Run(root.name, home)
-        if is_held(root) or _alive(run.note.get("process")):
+        if is_held(root):
             reason = "it is running"
+        elif _alive(run.note.get("process")):
+            reason = "its process is still there"
         elif run.state == "finished":
             reason = ""  # all of it is on its branch and in the cache
         else:

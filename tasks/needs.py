@@ -65,7 +65,8 @@ def of_trees(home: Path, without: Collection[Path] = ()) -> Iterator[Need]:
             except FileNotFoundError:
                 continue  # deleted here
             outputs |= cache.outputs_of(text, str(root / name))
-        yield Need(f"working tree {root}", outputs)
+        shown = root.relative_to(home) if home in root.parents else root
+        yield Need(f"working tree {shown}", outputs)
 
 
 def _names_in_tree(root: Path) -> list[str]:

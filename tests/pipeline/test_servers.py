@@ -1,17 +1,19 @@
 """Servers for a team: Postgres, artifacts and data on S3, a login; and no secret of these where others read.
 
-A whole run of the smoke profile goes through them, with planted secrets.
+Planted secrets are looked for after a dry run, and in a slow test after a whole run of the smoke profile.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import re
 import secrets
 import signal
 import sqlite3
 import subprocess
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -26,7 +28,7 @@ import pytest
 from tasks.network import free_port
 
 from . import postgres, s3
-from .checkouts import commit, processes_below, run, start, wait_for
+from .checkouts import commit, make_checkout, processes_below, run, start, wait_for
 
 # Made now: the checkouts of these tests hold this file.
 LOGIN = f"ann:planted {secrets.token_hex(10)}"
@@ -105,24 +107,23 @@ def test_beyond_loopback_nothing_starts_without_a_login(root, tmp_path):
     assert processes_below(tmp_path) == {}
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1500)
-def test_a_run_on_postgres_and_s3_leaves_no_secret(finished, storage, database, labeler, tmp_path):
-    checkout = tmp_path / "rlhf"
-    commit(finished[0], "keep the run")
-    run(["git", "clone", "-q", str(finished[0]), str(checkout)], tmp_path)
+def use_s3(checkout, storage):
     for command in (
-        ["remote", "add", "-q", "-d", "-f", "store", f"s3://{s3.BUCKET}/dvc"],
+        ["remote", "add", "-q", "-d", "-f", "store", f"s3://{s3.BUCKET}/{checkout.parent.name}/dvc"],
         ["remote", "modify", "-q", "store", "endpointurl", storage.endpoint],
     ):
         assert run(["dvc", *command], checkout).returncode == 0
     commit(checkout, "data on S3")
-    log = tmp_path / "up.log"
+
+
+@contextlib.contextmanager
+def team_servers(checkout, storage, database, log):
+    """Addresses of Prefect and MLflow while `rlhf up` listens everywhere with all that a team sets."""
     env = {
         **storage.env,
         "RLHF_DATABASE_URL": database,
         "RLHF_AUTH": LOGIN,
-        "RLHF_ARTIFACTS": f"s3://{s3.BUCKET}/mlflow",
+        "RLHF_ARTIFACTS": f"s3://{s3.BUCKET}/{checkout.parent.name}/mlflow",
         "RLHF_PUBLIC_HOST": "127.0.0.1",
         "RLHF_PREFECT_PORT": str(free_port(4700)),
         "RLHF_MLFLOW_PORT": str(free_port(5700)),
@@ -133,28 +134,62 @@ def test_a_run_on_postgres_and_s3_leaves_no_secret(finished, storage, database, 
     try:
         wait_for(lambda: up.poll() is not None or "Ctrl-C stops" in log.read_text(), 300)
         assert up.poll() is None, log.read_text()
-        prefect, mlflow = re.findall(r"http://127\.0\.0\.1:\d+", log.read_text())[:2]
-        everyone_is_asked_who_they_are(prefect, mlflow)
-        no_secret_on_a_command_line(checkout)
-        policy = train(prefect, mlflow, labeler)
-        assert {tag["key"] for tag in policy["tags"]} >= {"git.commit", "dvc.models.policy", "rlhf.branch"}
+        yield re.findall(r"http://127\.0\.0\.1:\d+", log.read_text())[:2]
     finally:
         up.send_signal(signal.SIGINT)
         assert up.wait(90) == 0, log.read_text()
 
-    assert any(key.startswith("mlflow/") for key in storage.names())
-    assert any(key.startswith("dvc/files/md5") for key in storage.names())
-    with psycopg.connect(f"{database}_mlflow") as connection:
-        assert connection.execute("select count(*) from runs").fetchone()[0] >= 10
-    assert not (checkout / "mlflow.db").exists()
 
+def no_secret_is_left(checkout, storage, database, log):
     assert found_in(log.read_bytes()) == []
     assert leaks_in_files(checkout) == {}
     for name in ("prefect", "mlflow"):
         assert found_in(dump_of(database, name)) == [], name
-    for key in storage.names():
+    for key in storage.names(checkout.parent.name):
         body = storage.client.get_object(Bucket=s3.BUCKET, Key=key)["Body"].read()
         assert found_in(body) == [], key
+
+
+def test_servers_for_a_team_ask_for_the_login_and_leave_no_secret(root, storage, database, tmp_path):
+    checkout, log, database = make_checkout(root, tmp_path / "rlhf"), tmp_path / "up.log", f"{database}_team"
+    use_s3(checkout, storage)
+    note = "import mlflow; mlflow.set_experiment('notes'); mlflow.log_text('a note', 'note.txt')"
+    with team_servers(checkout, storage, database, log) as (prefect, mlflow):
+        everyone_is_asked_who_they_are(prefect, mlflow)
+        no_secret_on_a_command_line(checkout)
+        user, _, password = LOGIN.partition(":")
+        client = {"MLFLOW_TRACKING_URI": mlflow, "MLFLOW_TRACKING_USERNAME": user}
+        done = run([sys.executable, "-c", note], tmp_path, **client, MLFLOW_TRACKING_PASSWORD=password)
+        assert done.returncode == 0, done.stderr
+        start_run(prefect, {"dry_run": True, "profile": "smoke"})
+        (planned,) = (a for a in ask(f"{prefect}/api/artifacts/filter", {}) if a["key"] == "plan")
+        assert "of 9 stages would run" in planned["description"]
+    # The client had no keys to S3: the server brought its text there.
+    (key,) = (key for key in storage.names(f"{tmp_path.name}/mlflow") if key.endswith("note.txt"))
+    assert storage.client.get_object(Bucket=s3.BUCKET, Key=key)["Body"].read() == b"a note"
+    assert not (checkout / "mlflow.db").exists()
+    no_secret_is_left(checkout, storage, database, log)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_run_on_postgres_and_s3_leaves_no_secret(finished, storage, database, labeler, tmp_path):
+    checkout, log, database = tmp_path / "rlhf", tmp_path / "up.log", f"{database}_run"
+    commit(finished[0], "keep the run")
+    run(["git", "clone", "-q", str(finished[0]), str(checkout)], tmp_path)
+    use_s3(checkout, storage)
+    with team_servers(checkout, storage, database, log) as (prefect, mlflow):
+        chosen = ["preferences.labeler=endpoint", f"preferences.labeler_target={labeler}"]
+        start_run(prefect, {"profile": "smoke", "overrides": chosen})
+        query = "name=rlhf-policy&alias=candidate"
+        policy = ask(f"{mlflow}/api/2.0/mlflow/registered-models/alias?{query}")["model_version"]
+        assert {tag["key"] for tag in policy["tags"]} >= {"git.commit", "dvc.models.policy", "rlhf.branch"}
+    assert storage.names(f"{tmp_path.name}/mlflow") != []
+    assert storage.names(f"{tmp_path.name}/dvc/files/md5") != []
+    with psycopg.connect(f"{database}_mlflow") as connection:
+        assert connection.execute("select count(*) from runs").fetchone()[0] >= 10
+    assert not (checkout / "mlflow.db").exists()
+    no_secret_is_left(checkout, storage, database, log)
 
 
 def everyone_is_asked_who_they_are(prefect, mlflow):
@@ -194,19 +229,16 @@ def labeler():
     server.server_close()
 
 
-def train(prefect, mlflow, labeler):
-    """A run of the smoke profile to its end; the version that it registered."""
+def start_run(prefect, parameters):
+    """A run of the deployment to its good end."""
     (found,) = (d for d in ask(f"{prefect}/api/deployments/filter", {}) if d["name"] == "train")
-    chosen = ["preferences.labeler=endpoint", f"preferences.labeler_target={labeler}"]
-    wanted = {"parameters": {"profile": "smoke", "overrides": chosen}}
+    wanted = {"parameters": parameters}
     flow_run = ask(f"{prefect}/api/deployments/{found['id']}/create_flow_run", wanted)
     url = f"{prefect}/api/flow_runs/{flow_run['id']}"
     ends = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
     wait_for(lambda: ask(url)["state_type"] in ends, 600)
     state = ask(url)
     assert state["state_type"] == "COMPLETED", state["state"]
-    query = "name=rlhf-policy&alias=candidate"
-    return ask(f"{mlflow}/api/2.0/mlflow/registered-models/alias?{query}")["model_version"]
 
 
 def test_what_looks_for_leaks_finds_them(tmp_path):
