@@ -117,7 +117,7 @@ class Curves:
             self._show(read_lines(self._file))
 
     def finish(self) -> None:
-        """From the stage's report, which holds the steps before it was taken up again too."""
+        """From the stage's report, which holds every step."""
         self._show(read_history(self._layout.history(self._stage)))
 
     def _show(self, history: History) -> None:
