@@ -30,7 +30,7 @@ def dvc(where, *words):
 
 @pytest.fixture(scope="session")
 def held(tiny_model_dir, tmp_path_factory):
-    """A workspace in which DVC holds an SFT model and prepared data; and their md5."""
+    """A workspace in which DVC holds an SFT model and data, with an empty registry; and their md5."""
     root = tmp_path_factory.mktemp("held")
     dvc(root, "init", "--no-scm", "-q")
     shutil.copytree(tiny_model_dir, root / "models" / "sft")
@@ -43,6 +43,7 @@ def held(tiny_model_dir, tmp_path_factory):
         (out,) = yaml.safe_load((root / f"{output}.dvc").read_text())["outs"]
         tags[f"dvc.{output.replace('/', '.')}"] = out["md5"]
         shutil.rmtree(root / output)
+    open_client(root)  # the tables of MLflow, made once
     return root, tags
 
 
@@ -209,6 +210,28 @@ def test_a_promotion_is_decided_once(place, duel_params, nice_model_dir, wins):
     with pytest.raises(decisions.LostPromotion, match="was rejected already, by Ann"):
         decisions.settle_decision(home, found.run_id, "approve", "Bob", "no!")
     assert aliases(home) == {}
+
+
+def test_who_dies_after_deciding_is_taken_up_by_the_next(
+    place, duel_params, nice_model_dir, wins, monkeypatch
+):
+    home, tags = place
+    register(home, tags, nice_model_dir)
+    found = compared(home, duel_params)
+
+    def dying(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(decisions, "_carry_out", dying)
+    with pytest.raises(KeyboardInterrupt):
+        decisions.settle_decision(home, found.run_id, "approve", "Ann", "ok")
+    monkeypatch.undo()
+    assert "champion" not in aliases(home)
+    said = decisions.settle_decision(home, found.run_id, "approve", "Bob", "ok")
+    assert "was promoted already, by Ann" in said
+    assert aliases(home)["champion"] == "1"
+    assert tags_of(home, "1")["promotion.by"] == "Ann"
+    assert promotion.read(home, found.run_id).state == "promoted"
 
 
 def test_killed_while_waiting_or_comparing_it_is_taken_up_again(
