@@ -222,10 +222,10 @@ def test_who_dies_after_deciding_is_taken_up_by_the_next(
     def dying(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(decisions, "_carry_out", dying)
-    with pytest.raises(KeyboardInterrupt):
-        decisions.settle_decision(home, found.run_id, "approve", "Ann", "ok")
-    monkeypatch.undo()
+    with monkeypatch.context() as broken:
+        broken.setattr(decisions, "_carry_out", dying)
+        with pytest.raises(KeyboardInterrupt):
+            decisions.settle_decision(home, found.run_id, "approve", "Ann", "ok")
     assert "champion" not in aliases(home)
     said = decisions.settle_decision(home, found.run_id, "approve", "Bob", "ok")
     assert "was promoted already, by Ann" in said
@@ -339,5 +339,14 @@ def test_products_come_from_the_remote_and_damaged_ones_are_fetched_again(place,
     again = products.fetch(home, md5, tmp_path / "two", "the SFT model")
     for path in whole.iterdir():
         assert path.read_bytes() == (again / path.name).read_bytes()
+    entry = next(path for path in cache.glob("*/*") if path.suffix != ".dir")
+    content = entry.read_bytes()
+    entry.chmod(0o644)
+    entry.unlink()
+    entry.write_bytes(content[:-1] + b"?")  # a file damaged in the cache
+    mended = products.fetch(home, md5, tmp_path / "mended", "the SFT model")
+    assert {p.name: p.read_bytes() for p in mended.iterdir()} == {
+        p.name: p.read_bytes() for p in again.iterdir()
+    }
     with pytest.raises(InputError, match=r"the SFT model: md5 0000.*is neither in the DVC cache"):
         products.fetch(home, "0" * 32 + ".dir", tmp_path / "three", "the SFT model")
