@@ -73,7 +73,7 @@ def taught(root, tmp_path_factory):
     (checkout / "taste.py").write_text(TASTE)
     commit(checkout, "taste")
     options = [word for key, value in LEARN.items() for word in ("-S", f"{key}={value}")]
-    done = run(["rlhf", "run", "--profile", "smoke", *options], checkout)
+    done = run(["rlhf", "run", "--profile", "smoke", *options], checkout, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return checkout
 
