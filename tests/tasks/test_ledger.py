@@ -41,6 +41,11 @@ def test_an_alias_set_by_hand_is_what_the_next_decision_starts_from():
     assert back.champion == "1"
 
 
+def test_a_champion_that_lost_its_alias_by_hand_is_not_its_own_predecessor():
+    history = [entry(1, PROMOTE, 0, version="1"), entry(2, PROMOTE, 1, was="", version="1")]
+    assert replay(history).champions == ("1",)
+
+
 def test_a_promotion_is_decided_once():
     standing = replay(
         [
