@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from mlflow.entities import RunTag
 from mlflow.exceptions import MlflowException
 
 from rlhf_core.errors import InputError, RLHFError
 from rlhf_core.mlflow_writer import experiment_id, open_client, tracking_uri
-from tasks.ledger import CHAMPION, PROMOTE, REJECT, ROLLBACK, Ledger
+from tasks.ledger import CHAMPION, PROMOTE, REJECT, ROLLBACK, Entry, Ledger, replay
 from tasks.promotion import (
     ARTIFACTS,
     COMPARING,
     FAILED,
     LOST,
+    PENDING,
     PROMOTED,
     REJECTED,
     ROLLED_BACK,
@@ -49,15 +50,27 @@ def settle_decision(root: Path, run_id: str, decision: Decision, by: str, reason
     ledger = Ledger(client, promotion.name)
     ledger.settle()
     number = _write_decision(client, ledger, promotion, decision, by.strip(), reason.strip())
-    standing = ledger.standing()
-    counted = standing.decided.get(run_id)
-    if counted is None or (number and counted.number != number):
-        return _tell_loser(client, ledger, promotion, decision)
+    counted = ledger.standing().decided.get(run_id)
+    if counted is None or (counted.kind == PROMOTE) != (decision == "approve"):
+        _tell_loser(client, ledger, promotion, counted)
+    if counted.number == number or promotion.state == PENDING:  # ours, or of one who died before he was done
+        _carry_out(client, ledger, promotion, counted)
+    where = f"{promotion.name} version {promotion.candidate}"
+    if counted.number != number:
+        word = "promoted" if counted.kind == PROMOTE else "rejected"
+        return f"{where} was {word} already, by {counted.by} at {counted.time}: {counted.reason}"
+    if counted.kind == REJECT:
+        return f"{where} was rejected by {counted.by}: {counted.reason}"
+    was = f", in place of version {promotion.opponent}" if promotion.opponent else ""
+    return f"{where} is the champion{was} (by {counted.by})"
+
+
+def _carry_out(client: Any, ledger: Ledger, promotion: Promotion, counted: Entry) -> None:
+    """Aliases first, then what the version and the promotion's run say of it; may be done twice."""
     if counted.kind == PROMOTE:
         ledger.apply()
     else:
         ledger.withdraw_candidate(promotion.candidate)
-    state = PROMOTED if counted.kind == PROMOTE else REJECTED
     said = {
         "promotion.decision": counted.kind,
         "promotion.by": counted.by,
@@ -66,13 +79,9 @@ def settle_decision(root: Path, run_id: str, decision: Decision, by: str, reason
     }
     for key, value in said.items():
         client.set_model_version_tag(promotion.name, promotion.candidate, key, value)
-    client.log_batch(run_id, tags=[RunTag(k, v) for k, v in (said | {STATE: state}).items()])
-    if counted.kind == REJECT:
-        return (
-            f"{promotion.name} version {promotion.candidate} was rejected by {counted.by}: {counted.reason}"
-        )
-    was = f", in place of version {promotion.opponent}" if promotion.opponent else ""
-    return f"{promotion.name} version {promotion.candidate} is the champion{was} (by {counted.by})"
+    state = PROMOTED if counted.kind == PROMOTE else REJECTED
+    tags = [RunTag(k, v) for k, v in (said | {STATE: state}).items()]
+    client.log_batch(promotion.run_id, tags=tags)
 
 
 def _check_decision(promotion: Promotion, decision: str, by: str, reason: str) -> None:
@@ -116,17 +125,16 @@ def _write_decision(
     )
 
 
-def _tell_loser(client: Any, ledger: Ledger, promotion: Promotion, decision: str) -> str:
-    """Raise LostPromotion that says who was first; the same decision asked twice is no loss."""
+def _tell_loser(client: Any, ledger: Ledger, promotion: Promotion, counted: Entry | None) -> NoReturn:
+    """Raise LostPromotion that says who was first: with the other decision, or with another version."""
+    if counted is not None:
+        word = "approved" if counted.kind == PROMOTE else "rejected"
+        raise LostPromotion(
+            f"promotion {promotion.short_id}: was {word} already, by {counted.by} at {counted.time}: "
+            f"{counted.reason}"
+        )
     entries = ledger.entries()
-    standing = ledger.standing()
-    own = standing.decided.get(promotion.run_id)
-    if own is not None:
-        word = {PROMOTE: "approved", REJECT: "rejected"}[own.kind]
-        text = f"promotion {promotion.short_id}: was {word} already, by {own.by} at {own.time}: {own.reason}"
-        if (own.kind == PROMOTE) == (decision == "approve"):
-            return text
-        raise LostPromotion(text)
+    standing = replay(entries)
     client.set_tag(promotion.run_id, STATE, LOST)
     first = next((entry for entry in entries if entry.number == standing.head), None)
     champion = ledger.aliases().get(CHAMPION, "")

@@ -80,7 +80,8 @@ def replay(entries: Iterable[Entry]) -> Standing:
         if entry.was and entry.was != (champions[-1] if champions else ""):
             champions.append(entry.was)  # somebody had set the alias by hand
         if entry.kind == PROMOTE:
-            champions.append(entry.version)
+            if champions[-1:] != [entry.version]:  # else its alias was taken away by hand, and comes back
+                champions.append(entry.version)
         else:
             champions = champions[:-1]
     return Standing(head, tuple(champions), decided, frozenset(void))

@@ -73,7 +73,7 @@ def taught(root, tmp_path_factory):
     (checkout / "taste.py").write_text(TASTE)
     commit(checkout, "taste")
     options = [word for key, value in LEARN.items() for word in ("-S", f"{key}={value}")]
-    done = run(["rlhf", "run", "--profile", "smoke", *options], checkout)
+    done = run(["rlhf", "run", "--profile", "smoke", *options], checkout, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return checkout
 
@@ -111,7 +111,7 @@ def test_an_event_starts_the_comparison_and_a_person_approves_after_a_restart(ta
         wait_for(lambda: json.loads(get(url))["state_type"] in ends, 240)
         assert json.loads(get(url))["state_name"] == "Suspended"
         wait_for(lambda: not [c for c in processes_below(taught).values() if "prefect.engine" in c], 60)
-        given = post(f"{url}/input/filter", {"prefix": "suspended"})
+        given = post(f"{url}/input/filter", {"prefix": "suspended", "limit": 10})
         assert any("against its SFT model" in str(entry["value"]) for entry in given)
         assert "champion" not in aliases(taught)
     finally:

@@ -30,7 +30,7 @@ def dvc(where, *words):
 
 @pytest.fixture(scope="session")
 def held(tiny_model_dir, tmp_path_factory):
-    """A workspace in which DVC holds an SFT model and prepared data; and their md5."""
+    """A workspace in which DVC holds an SFT model and data, with an empty registry; and their md5."""
     root = tmp_path_factory.mktemp("held")
     dvc(root, "init", "--no-scm", "-q")
     shutil.copytree(tiny_model_dir, root / "models" / "sft")
@@ -43,6 +43,7 @@ def held(tiny_model_dir, tmp_path_factory):
         (out,) = yaml.safe_load((root / f"{output}.dvc").read_text())["outs"]
         tags[f"dvc.{output.replace('/', '.')}"] = out["md5"]
         shutil.rmtree(root / output)
+    open_client(root)  # the tables of MLflow, made once
     return root, tags
 
 
@@ -211,6 +212,28 @@ def test_a_promotion_is_decided_once(place, duel_params, nice_model_dir, wins):
     assert aliases(home) == {}
 
 
+def test_who_dies_after_deciding_is_taken_up_by_the_next(
+    place, duel_params, nice_model_dir, wins, monkeypatch
+):
+    home, tags = place
+    register(home, tags, nice_model_dir)
+    found = compared(home, duel_params)
+
+    def dying(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr(decisions, "_carry_out", dying)
+        with pytest.raises(KeyboardInterrupt):
+            decisions.settle_decision(home, found.run_id, "approve", "Ann", "ok")
+    assert "champion" not in aliases(home)
+    said = decisions.settle_decision(home, found.run_id, "approve", "Bob", "ok")
+    assert "was promoted already, by Ann" in said
+    assert aliases(home)["champion"] == "1"
+    assert tags_of(home, "1")["promotion.by"] == "Ann"
+    assert promotion.read(home, found.run_id).state == "promoted"
+
+
 def test_killed_while_waiting_or_comparing_it_is_taken_up_again(
     place,
     duel_params,
@@ -316,5 +339,14 @@ def test_products_come_from_the_remote_and_damaged_ones_are_fetched_again(place,
     again = products.fetch(home, md5, tmp_path / "two", "the SFT model")
     for path in whole.iterdir():
         assert path.read_bytes() == (again / path.name).read_bytes()
+    entry = next(path for path in cache.glob("*/*") if path.suffix != ".dir")
+    content = entry.read_bytes()
+    entry.chmod(0o644)
+    entry.unlink()
+    entry.write_bytes(content[:-1] + b"?")  # a file damaged in the cache
+    mended = products.fetch(home, md5, tmp_path / "mended", "the SFT model")
+    assert {p.name: p.read_bytes() for p in mended.iterdir()} == {
+        p.name: p.read_bytes() for p in again.iterdir()
+    }
     with pytest.raises(InputError, match=r"the SFT model: md5 0000.*is neither in the DVC cache"):
         products.fetch(home, "0" * 32 + ".dir", tmp_path / "three", "the SFT model")
