@@ -194,7 +194,7 @@ def test_a_manager_makes_a_project_from_a_file_and_adds_to_it(store, visitor):
         ("", "the file is empty"),
         ("{", "line 1: "),
         ("[1]", "line 1: 1; must be a JSON object"),
-        ('{"prompt": "x", "responses": ["y"]}', "line 1: a pairwise item has 2 responses, found 1"),
+        ('{"prompt": "x", "responses": ["y"]}', "a pairwise item has 2 responses, found 1"),
         ('{"prompt": "x", "responses": ["a", "b"], "sides": 1}', "line 1: sides: unknown key"),
         ('{"prompt": "x", "responses": ["a", 5]}', "responses.1"),
     ],
