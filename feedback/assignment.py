@@ -139,7 +139,7 @@ def undo(store: Store, annotator: Annotator, project_id: str) -> str:
         kind, row = _last_act(connection, annotator, project_id)
         if row is None:
             raise ConflictError("there is nothing to undo")
-        if connection.scalar(select(adjudications.c.item).where(adjudications.c.item == row.item)):
+        if connection.scalar(select(adjudications.c.item).where(adjudications.c.item == row.item).limit(1)):
             raise ConflictError("this item was decided by an adjudicator since; it cannot be undone")
         payload = {"item": row.item, "annotator": annotator.id}
         if kind is EventType.VOTE_UNDONE:

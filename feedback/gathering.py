@@ -50,7 +50,11 @@ def gather(store: Store, project_id: str) -> Collection:
             Decision(
                 item=row.item, annotator=row.adjudicator, value=row.value, at=datetime.fromisoformat(row.at)
             )
-            for row in connection.execute(select(adjudications).where(adjudications.c.project == project_id))
+            for row in connection.execute(
+                select(adjudications)
+                .where(adjudications.c.project == project_id)
+                .order_by(adjudications.c.number)
+            )
         ]
     return collect(project, rows, cast, people, decided)
 

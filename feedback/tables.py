@@ -140,7 +140,8 @@ chat_turns = Table(
 adjudications = Table(
     "adjudications",
     metadata,
-    Column("item", ID, primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),  # the last one of an item stands
+    Column("item", ID, nullable=False, index=True),
     Column("project", ID, nullable=False, index=True),
     Column("adjudicator", ID, nullable=False),
     Column("value", JSON, nullable=False),

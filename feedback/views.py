@@ -186,7 +186,11 @@ def _item_flagged(connection: Connection, event: Event) -> None:
 
 
 def _flag_cleared(connection: Connection, event: Event) -> None:
-    connection.execute(update(flags).where(flags.c.item == event.payload["item"]).values(cleared=True))
+    """All flags of the item, or those of the annotator who takes a flag back."""
+    cleared = [flags.c.item == event.payload["item"]]
+    if "annotator" in event.payload:
+        cleared.append(flags.c.annotator == event.payload["annotator"])
+    connection.execute(update(flags).where(*cleared).values(cleared=True))
     refresh_flags(connection, items.c.id == event.payload["item"])
 
 
@@ -199,9 +203,9 @@ def _chat_turn(connection: Connection, event: Event) -> None:
 
 def _item_adjudicated(connection: Connection, event: Event) -> None:
     payload = event.payload
-    connection.execute(delete(adjudications).where(adjudications.c.item == payload["item"]))
     connection.execute(
         insert(adjudications).values(
+            number=event.number,
             item=payload["item"],
             project=payload["project"],
             adjudicator=payload["annotator"],

@@ -13,12 +13,13 @@ from sqlalchemy import select
 
 from feedback import accounts, assignment
 from feedback.errors import FeedbackError, InputError, StoreUnavailableError
+from feedback.gathering import adjudicate, gather, queue_state
 from feedback.projects import change_guidelines, create_project
 from feedback.records import Choice, EventType, Item, Project, Role
 from feedback.store import Store
 from feedback.tables import credentials, events, metadata, sessions
 
-from .conftest import Clock, pairs, person
+from .conftest import Clock, pair, pairs, person
 
 STEPS = (
     "vote",
@@ -33,6 +34,7 @@ STEPS = (
     "erase",
     "guide",
     "turn",
+    "decide",
 )
 
 
@@ -58,6 +60,8 @@ def step(store, clock, who, act, number):
         return change_guidelines(store, "system", "p", f"rule {number}")
     if act == "undo":
         return assignment.undo(store, who, "p")
+    if act == "decide":
+        return adjudicate(store, who.id, "p", pair(number % 5), Choice(choice="tie"))
     shown = assignment.next_item(store, who, project)
     if shown is None:
         return None
@@ -221,3 +225,22 @@ def test_a_file_that_is_no_database_is_refused(tmp_path):
     with pytest.raises(StoreUnavailableError, match="not a database"):
         Store(tmp_path / "notes.db")
     assert (tmp_path / "notes.db").read_text().startswith("these are my notes")
+
+
+def test_what_an_erased_person_replaced_comes_back_live_as_in_a_rebuild(store):
+    pairs(store, 2, overlap_votes=2, overlap_share=1.0)
+    ann, bob = person(store, "ann"), person(store, "bob")
+    shown = [assignment.next_item(store, who, "p") for who in (ann, bob)]
+    assert shown[0].item == shown[1].item
+    for who in (ann, bob):
+        assignment.flag_item(store, who, shown[0].item.id, "odd")
+    assignment.undo(store, ann, "p")  # bob's flag stays
+    assert queue_state(store, "p").num_flagged == 1
+    for who, choice in ((bob, "tie"), (ann, "bad")):
+        adjudicate(store, who.id, "p", shown[0].item, Choice(choice=choice))
+    assert gather(store, "p").decided[shown[0].item.id].value.choice == "bad"
+    store.erase_person("system", ann.id, "asked")
+    assert gather(store, "p").decided[shown[0].item.id].value.choice == "tie"
+    before = store.views()
+    store.rebuild()
+    assert store.views() == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 
 import pytest
 from sqlalchemy import select
@@ -11,9 +12,11 @@ from feedback import accounts, assignment
 from feedback.gathering import gather, queue_state
 from feedback.projects import create_project
 from feedback.records import Choice, Item, Project, Role
+from feedback.store import Store
 from feedback.tables import votes
+from feedback.web.app import create_app
 
-from .conftest import pair, pairs, person
+from .conftest import Visitor, pair, pairs, person
 
 ASK = [{"role": "user", "content": "How are you?"}]
 KINDS = {
@@ -194,7 +197,7 @@ def test_a_manager_makes_a_project_from_a_file_and_adds_to_it(store, visitor):
         ("", "the file is empty"),
         ("{", "line 1: "),
         ("[1]", "line 1: 1; must be a JSON object"),
-        ('{"prompt": "x", "responses": ["y"]}', "line 1: a pairwise item has 2 responses, found 1"),
+        ('{"prompt": "x", "responses": ["y"]}', "a pairwise item has 2 responses, found 1"),
         ('{"prompt": "x", "responses": ["a", "b"], "sides": 1}', "line 1: sides: unknown key"),
         ('{"prompt": "x", "responses": ["a", 5]}', "responses.1"),
     ],
@@ -288,6 +291,25 @@ def test_the_page_loads_nothing_from_elsewhere_and_has_no_inline_script_or_style
 
 
 def test_the_service_says_that_it_is_there(app):
-    from .conftest import Visitor
-
     assert Visitor(app).get("/health").text == "ok"
+
+
+def test_a_locked_database_is_told_and_the_same_form_counts_once_it_is_free(tmp_path, clock):
+    store = Store(tmp_path / "locked.db", clock=clock, busy_seconds=0.1)
+    pairs(store, 1)
+    person(store, "ann")
+    ann = Visitor(create_app(store), "ann")
+    form = ann.fields("/p/p") | {"choice": "tie"}
+    other = sqlite3.connect(tmp_path / "locked.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    refused = ann.script("/p/p/vote", form)
+    page = ann.http.post("/p/p/vote", data=form)  # without the script, a page says it
+    other.execute("ROLLBACK")
+    other.close()
+    assert refused.status_code == page.status_code == 503
+    assert "nothing was saved" in refused.json()["error"]
+    assert "nothing was saved" in page.text
+    assert not stored(store)
+    assert ann.script("/p/p/vote", form).status_code == 200
+    assert len(stored(store)) == 1
+    store.close()

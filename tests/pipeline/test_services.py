@@ -50,11 +50,13 @@ def deployment(prefect, name):
 def test_up_starts_everything_runs_the_deployment_and_stops_cleanly(finished, tmp_path):
     checkout, _ = finished
     log = tmp_path / "up.log"
-    up = start(["rlhf", "up"], checkout, log, RLHF_PREFECT_PORT="4300", RLHF_MLFLOW_PORT="5300")
+    ports = {"RLHF_PREFECT_PORT": "4300", "RLHF_MLFLOW_PORT": "5300", "RLHF_FEEDBACK_PORT": "8700"}
+    up = start(["rlhf", "up"], checkout, log, **ports)
     try:
         wait_for(lambda: up.poll() is not None or "Ctrl-C stops" in log.read_text(), 180)
         assert up.poll() is None, log.read_text()
-        prefect, mlflow = re.findall(r"http://127\.0\.0\.1:\d+", log.read_text())[:2]
+        prefect, mlflow, feedback = re.findall(r"http://127\.0\.0\.1:\d+", log.read_text())[:3]
+        assert "Sign in" in get(feedback)
         assert "html" in get(prefect)
         assert "html" in get(mlflow)
         found = deployment(prefect, "train")

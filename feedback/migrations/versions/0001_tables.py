@@ -10,13 +10,15 @@ down_revision = None
 def upgrade() -> None:
     op.create_table(
         "adjudications",
+        sa.Column("number", sa.Integer(), autoincrement=False, nullable=False),
         sa.Column("item", sa.String(length=128), nullable=False),
         sa.Column("project", sa.String(length=128), nullable=False),
         sa.Column("adjudicator", sa.String(length=128), nullable=False),
         sa.Column("value", sa.JSON(), nullable=False),
         sa.Column("at", sa.String(length=32), nullable=False),
-        sa.PrimaryKeyConstraint("item"),
+        sa.PrimaryKeyConstraint("number"),
     )
+    op.create_index(op.f("ix_adjudications_item"), "adjudications", ["item"], unique=False)
     op.create_index(op.f("ix_adjudications_project"), "adjudications", ["project"], unique=False)
     op.create_table(
         "annotators",
