@@ -29,7 +29,8 @@ def fetch(home: Path, md5: str, target: Path, what: str) -> Path:
             if not _is_whole(cache, info):
                 repo.cloud.pull([info])
                 # The list of a directory's files comes alone, so the files are asked for by name.
-                repo.cloud.pull([entry for _, _, entry in load(cache, info)])
+                files: Any = load(cache, info)
+                repo.cloud.pull([entry for _, _, entry in files])
             target.parent.mkdir(parents=True, exist_ok=True)
             checkout(str(target), LocalFileSystem(), load(cache, info), cache, force=True, quiet=True)
         except (DvcException, CheckoutError, ObjectDBError, ObjectFormatError, OSError) as error:
