@@ -227,7 +227,7 @@ def test_a_file_that_is_no_database_is_refused(tmp_path):
     assert (tmp_path / "notes.db").read_text().startswith("these are my notes")
 
 
-def test_what_an_erased_person_replaced_comes_back_live_as_in_a_rebuild(store):
+def test_what_an_erased_person_replaced_comes_back_live_as_in_a_rebuild(store, clock):
     pairs(store, 2, overlap_votes=2, overlap_share=1.0)
     ann, bob = person(store, "ann"), person(store, "bob")
     shown = [assignment.next_item(store, who, "p") for who in (ann, bob)]
@@ -238,6 +238,7 @@ def test_what_an_erased_person_replaced_comes_back_live_as_in_a_rebuild(store):
     assert queue_state(store, "p").num_flagged == 1
     for who, choice in ((bob, "tie"), (ann, "bad")):
         adjudicate(store, who.id, "p", shown[0].item, Choice(choice=choice))
+        clock.pass_by(1)  # the later decision stands
     assert gather(store, "p").decided[shown[0].item.id].value.choice == "bad"
     store.erase_person("system", ann.id, "asked")
     assert gather(store, "p").decided[shown[0].item.id].value.choice == "tie"
