@@ -9,7 +9,6 @@ neither process nor GPU while it waits.
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import signal
 import sys
@@ -31,6 +30,7 @@ from prefect.runtime import deployment, flow_run
 from prefect.settings import PREFECT_API_URL
 from pydantic import Field
 
+from flows import expected
 from rlhf_core.config import Params, parse_overrides, parse_params, put, read_yaml
 from rlhf_core.errors import RLHFError
 from rlhf_core.layout import Layout
@@ -38,15 +38,6 @@ from tasks import decisions, gpus, promotion, workspace
 
 APPROVALS = ("as in params.yaml", "person", "auto")
 APPROVAL_KEY = "approval"  # the same when the flow is taken up again, so it finds the answer
-
-
-class WithoutTraceback(logging.Filter):
-    """An expected failure is told by its message; its traceback would only hide it."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.exc_info and isinstance(record.exc_info[1], RLHFError):
-            record.exc_info = record.exc_text = None
-        return True
 
 
 class Approval(RunInput):
@@ -97,8 +88,7 @@ def promote(
         approval: who says yes once the gate holds.
         overrides: values of params.yaml for this promotion only, such as `promotion.margin=0.05`.
     """
-    for name in ("prefect.flow_runs", "prefect.task_runs"):
-        logging.getLogger(name).addFilter(WithoutTraceback())
+    expected.tell_without_traceback()
     root = Path.cwd().resolve()
     params = read_params(root, overrides)
     origin = {"prefect.flow_run": str(flow_run.id)}

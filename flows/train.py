@@ -2,15 +2,13 @@
 
 `python -m flows.train` (which `rlhf run` starts) runs it here and now, with no server needed.
 """
+# ruff: noqa: E402 - what Prefect reads is set before it is imported
 
 from __future__ import annotations
 
 import argparse
-import atexit
 import contextlib
-import logging
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -18,19 +16,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NoReturn
 
-from rlhf_core.cli import QUIET
+from flows import own_server
 
-os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
-if "PREFECT_API_URL" not in os.environ:
-    # A server of our own for this run, its database beside the workspace's other state; two servers on one
-    # database get into each other's way.
-    own = f"prefect-{os.getpid()}" if "--isolated" in sys.argv else "prefect"
-    home = Path(os.environ.setdefault("PREFECT_HOME", str(Path.cwd() / ".rlhf" / own)))
-    home.mkdir(parents=True, exist_ok=True)  # Prefect makes the last directory only
-    if own != "prefect":
-        atexit.register(shutil.rmtree, home, ignore_errors=True)
-    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
-    os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "ERROR")
+own_server.prepare(apart="--isolated" in sys.argv)
 
 from prefect import flow, task
 from prefect.artifacts import create_table_artifact
@@ -38,7 +26,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run, task_run
 
-from flows import forms
+from flows import expected, forms
 from rlhf_core.config import Params, load_params
 from rlhf_core.errors import RLHFError
 from rlhf_core.layout import Layout
@@ -56,15 +44,6 @@ def worth_retrying(task_object: Any, run: Any, state: Any) -> bool:
     """A stage that met bad parameters or bad data would only meet them again."""
     error = state.result(raise_on_failure=False)
     return error.retryable if isinstance(error, stages.StageError) else True
-
-
-class WithoutTraceback(logging.Filter):
-    """An expected failure is told by its message; its traceback would only hide it."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.exc_info and isinstance(record.exc_info[1], (stages.StageError, RLHFError)):
-            record.exc_info = record.exc_text = None
-        return True
 
 
 @task(cache_policy=NO_CACHE, retry_condition_fn=worth_retrying, task_run_name="{stage}", name="stage")
@@ -126,8 +105,7 @@ def train(
         in_place: work in the checkout itself, one run at a time, rather than in a worktree of its own.
         dry_run: only say which stages would run in the checkout, why, and about how long.
     """
-    for name in ("prefect.flow_runs", "prefect.task_runs"):
-        logging.getLogger(name).addFilter(WithoutTraceback())
+    expected.tell_without_traceback()
     home = Path.cwd().resolve()
     workspace.check_workspace(home)
     groups = (run, model, data, sft, preferences, reward, ppo, evaluate)
