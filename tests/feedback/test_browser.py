@@ -6,9 +6,12 @@ keeps pictures of what was seen.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import socket
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -44,14 +47,29 @@ GUIDE = "Prefer the answer that is **true** first, then the one that helps more.
 
 
 @pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as driver:
-        started = driver.chromium.launch(
-            executable_path=CHROMIUM,
-            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
-        )
-        yield started
-        started.close()
+def browser(tmp_path_factory):
+    """A browser that is killed at the end, its contexts still open: to close one hangs now and then."""
+    profile = tmp_path_factory.mktemp("chromium")
+    options = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking")
+    where = (f"--user-data-dir={profile}", "--no-first-run", "--remote-debugging-port=0", "about:blank")
+    process = subprocess.Popen(
+        [CHROMIUM, *options, *where],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        port = profile / "DevToolsActivePort"
+        until = time.monotonic() + 60
+        while not (port.is_file() and port.read_text().strip()):
+            assert process.poll() is None, "the browser ended"
+            assert time.monotonic() < until, "the browser did not start"
+            time.sleep(0.1)
+        with playwright.sync_playwright() as driver:
+            yield driver.chromium.connect_over_cdp(f"http://127.0.0.1:{port.read_text().split()[0]}")
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 class Service:
@@ -90,13 +108,13 @@ def service(real_store):
 @pytest.fixture
 def visit(browser, service, real_store):
     """A signed-in page; the sign-in itself by keyboard."""
-    contexts = []
+    pages = []
 
     def come(path, name="Ann", role=Role.ANNOTATOR, **options):
         person(real_store, name, role)
         context = browser.new_context(base_url=service.url, **options)
-        contexts.append(context)
         page = context.new_page()
+        pages.append(page)
         page.problems = []
         page.on("console", lambda message: message.type == "error" and page.problems.append(message.text))
         page.on("pageerror", lambda error: page.problems.append(str(error)))
@@ -111,8 +129,10 @@ def visit(browser, service, real_store):
         return page
 
     yield come
-    for context in contexts:
-        context.close()
+    for page in pages:
+        page.context.set_offline(False)
+        with contextlib.suppress(playwright.Error):  # a vote's own way to the next page may come between
+            page.goto("about:blank")
 
 
 def picture(page, name):
