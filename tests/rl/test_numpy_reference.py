@@ -43,7 +43,7 @@ class Bigram:
         draw = lambda: nn.Parameter(torch.randn(V, D, generator=generator))  # noqa: E731
         self.E, self.W = {role: draw() for role in roles}, {role: draw() for role in roles}
 
-    def hidden(self, role, input_ids, position_ids=None, visible=None):
+    def hidden(self, role, input_ids, position_ids=None, visible=None, lengths=None):
         return self.E[role][input_ids]
 
     def gathered(self):
