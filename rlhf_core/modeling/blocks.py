@@ -244,7 +244,8 @@ def last_hidden(
             return torch.cat(read) if len(read) > 1 else read[0]
 
         where = ragged.places(lengths, length)
-        x = model.get_input_embeddings()(ragged.gather(input_ids.view(-1, 1), where)[:, 0])
+        # Of whole rows, since noise on embeddings (NEFTune) depends on their length.
+        x = ragged.gather(model.get_input_embeddings()(input_ids).flatten(0, 1), where)
         for number, block in enumerate(blocks_of(model, dtype)):
             if recompute and torch.is_grad_enabled():
                 own = partial(attend, number)

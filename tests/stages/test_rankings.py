@@ -53,7 +53,7 @@ def test_each_answer_is_scored_once(task, monkeypatch):
     )
     task.scores(PAIRS)
     ids = laid_out[0].input_ids
-    assert ids.tolist() == [[*PROMPT, *A, *B, *C], [*OTHER, *A, *[0] * 15], [*OTHER, *C, *[0] * 14]]
+    assert ids.tolist() == [[*OTHER, *A, *[0] * 15], [*OTHER, *C, *[0] * 14], [*PROMPT, *A, *B, *C]]
 
 
 def test_scores_and_gradients_are_those_of_pairs_alone(task):
