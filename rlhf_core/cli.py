@@ -168,7 +168,7 @@ def remote(context: typer.Context) -> None:
 def up(
     host: Annotated[str, typer.Option(help="Listen there; beyond loopback RLHF_AUTH must be set.")] = "",
 ) -> None:
-    """Start the Prefect server, a worker, the deployments and the MLflow server on this machine."""
+    """Start Prefect, a worker, the deployments, MLflow and the pages for annotators on this machine."""
     _become("flows.up", ["--host", host] if host else [])
 
 

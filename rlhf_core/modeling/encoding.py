@@ -99,7 +99,7 @@ class TokenBatch:
     position_ids: Tensor | None  # (S, T) int64; None: one sequence to a row
     visible: Tensor | None  # (S, T, T) bool, True where a token (row) may see another (column); None likewise
     lengths: tuple[int, ...]  # S, tokens of each row that are no padding; never falling
-    predictors: Tensor  # (N,) int64, where in S * T the token before each response token stands, in row order
+    predictors: Tensor  # (N,) int64, where in S * T the token before each response token stands, by response
     last: Tensor  # (B,) int64, where in S * T the last response token stands
     responses: Tensor  # (B, R) int64, padded on the right
     response_mask: Tensor  # (B, R) bool, True on response tokens (EOS included)

@@ -1,4 +1,4 @@
-"""A Prefect server as a test sees it: through its API alone, as the pages do."""
+"""Servers as a test sees them: through their addresses alone; Prefect's through the API of its pages."""
 
 from __future__ import annotations
 
@@ -13,6 +13,29 @@ from .checkouts import wait_for
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
 
+def page(url: str) -> str | None:
+    """What a browser gets; None where nobody answers."""
+    try:
+        with urllib.request.urlopen(url, timeout=5) as reply:
+            return reply.read().decode()
+    except OSError:
+        return None
+
+
+def post(url: str, body: Any) -> Any:
+    """As Prefect's own client does, try again while the server's database is busy."""
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    for _ in range(10):
+        try:
+            with urllib.request.urlopen(request, timeout=60) as reply:
+                return json.load(reply)
+        except urllib.error.HTTPError as error:
+            if error.code != 503:
+                raise
+            time.sleep(1.0)
+    raise AssertionError(f"{url}: busy for 10 s")
+
+
 class PrefectApi:
     """`url` is the server's, without /api."""
 
@@ -24,18 +47,7 @@ class PrefectApi:
             return json.load(reply)
 
     def post(self, path: str, body: Any = None) -> Any:
-        """As Prefect's own client does, try again while the server's database is busy."""
-        data = json.dumps(body or {}).encode()
-        request = urllib.request.Request(f"{self._url}/{path}", data, {"Content-Type": "application/json"})
-        for _ in range(10):
-            try:
-                with urllib.request.urlopen(request, timeout=60) as reply:
-                    return json.load(reply)
-            except urllib.error.HTTPError as error:
-                if error.code != 503:
-                    raise
-                time.sleep(1.0)
-        raise AssertionError(f"{path}: busy for 10 s")
+        return post(f"{self._url}/{path}", body or {})
 
     def deployment(self, name: str) -> dict[str, Any]:
         (found,) = (d for d in self.post("deployments/filter") if d["name"] == name)

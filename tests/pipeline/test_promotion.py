@@ -14,7 +14,7 @@ from rlhf_core.mlflow_writer import open_client
 from tasks.network import free_port
 
 from .checkouts import commit, make_checkout, processes_below, run, start, wait_for
-from .test_services import get, post
+from .prefect_api import PrefectApi
 
 TASTE = """
 def short(prompts, responses):
@@ -96,7 +96,8 @@ def stop(up):
 def test_an_event_starts_the_comparison_and_a_person_approves_after_a_restart(taught, tmp_path):
     up, prefect = start_up(taught, tmp_path / "up.log")
     try:
-        found = {d["name"]: d for d in post(f"{prefect}/api/deployments/filter", {})}
+        api = PrefectApi(prefect)
+        found = {d["name"]: d for d in api.post("deployments/filter")}
         assert set(found) >= {"train", "promote", "rollback"}
         fields = found["promote"]["parameter_openapi_schema"]["properties"]
         assert not any("anyOf" in field for field in fields.values())
@@ -104,28 +105,28 @@ def test_an_event_starts_the_comparison_and_a_person_approves_after_a_restart(ta
         sent = run([sys.executable, "-c", announce], taught, PREFECT_API_URL=f"{prefect}/api")
         assert sent.returncode == 0, sent.stderr
         wanted = {"deployments": {"id": {"any_": [found["promote"]["id"]]}}}
-        (waiting,) = wait_for(lambda: post(f"{prefect}/api/flow_runs/filter", wanted), 90)
+        (waiting,) = wait_for(lambda: api.post("flow_runs/filter", wanted), 90)
         assert waiting["parameters"]["version"] == "1"
         ends = ("PAUSED", "COMPLETED", "FAILED", "CRASHED")
-        url = f"{prefect}/api/flow_runs/{waiting['id']}"
-        wait_for(lambda: json.loads(get(url))["state_type"] in ends, 240)
-        assert json.loads(get(url))["state_name"] == "Suspended"
+        path = f"flow_runs/{waiting['id']}"
+        wait_for(lambda: api.state(waiting["id"]) in ends, 240)
+        assert api.get(path)["state_name"] == "Suspended"
         wait_for(lambda: not [c for c in processes_below(taught).values() if "prefect.engine" in c], 60)
-        given = post(f"{url}/input/filter", {"prefix": "suspended", "limit": 10})
+        given = api.post(f"{path}/input/filter", {"prefix": "suspended", "limit": 10})
         assert any("against its SFT model" in str(entry["value"]) for entry in given)
         assert "champion" not in aliases(taught)
     finally:
         stop(up)
     up, prefect = start_up(taught, tmp_path / "again.log")
     try:
-        url = f"{prefect}/api/flow_runs/{waiting['id']}"
-        assert json.loads(get(url))["state_name"] == "Suspended"
-        empty = post(f"{url}/resume", {"run_input": {"decision": "approve", "name": "", "reason": "x"}})
+        api = PrefectApi(prefect)
+        assert api.get(path)["state_name"] == "Suspended"
+        empty = api.post(f"{path}/resume", {"run_input": {"decision": "approve", "name": "", "reason": "x"}})
         assert empty["status"] == "REJECT"
         answer = {"run_input": {"decision": "approve", "name": "Ann", "reason": "reads well"}}
-        assert post(f"{url}/resume", answer)["status"] == "ACCEPT"
-        wait_for(lambda: json.loads(get(url))["state_type"] in ends[1:], 240)
-        assert json.loads(get(url))["state_type"] == "COMPLETED"
+        assert api.post(f"{path}/resume", answer)["status"] == "ACCEPT"
+        wait_for(lambda: api.state(waiting["id"]) in ends[1:], 240)
+        assert api.state(waiting["id"]) == "COMPLETED"
     finally:
         stop(up)
     assert aliases(taught) == {"candidate": "1", "champion": "1"}

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
 import socket
-import time
-import urllib.error
-import urllib.request
 
 import pytest
 from mlflow import MlflowClient
@@ -18,33 +14,7 @@ from tasks import gpus
 from tasks.network import free_port
 
 from .checkouts import processes_below, run, start, wait_for
-
-
-def get(url):
-    try:
-        with urllib.request.urlopen(url, timeout=5) as reply:
-            return reply.read().decode()
-    except OSError:
-        return None
-
-
-def post(url, body):
-    """As Prefect's own client does, try again while the server's database is busy."""
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    for _ in range(10):
-        try:
-            with urllib.request.urlopen(request, timeout=60) as reply:
-                return json.load(reply)
-        except urllib.error.HTTPError as error:
-            if error.code != 503:
-                raise
-            time.sleep(1.0)
-    raise AssertionError(f"{url}: busy for 10 s")
-
-
-def deployment(prefect, name):
-    (found,) = (d for d in post(f"{prefect}/api/deployments/filter", {}) if d["name"] == name)
-    return found
+from .prefect_api import ENDED, PrefectApi, page, post
 
 
 def test_up_starts_everything_runs_the_deployment_and_stops_cleanly(finished, tmp_path):
@@ -56,51 +26,48 @@ def test_up_starts_everything_runs_the_deployment_and_stops_cleanly(finished, tm
         wait_for(lambda: up.poll() is not None or "Ctrl-C stops" in log.read_text(), 180)
         assert up.poll() is None, log.read_text()
         prefect, mlflow, feedback = re.findall(r"http://127\.0\.0\.1:\d+", log.read_text())[:3]
-        assert "Sign in" in get(feedback)
-        assert "html" in get(prefect)
-        assert "html" in get(mlflow)
-        found = deployment(prefect, "train")
+        api = PrefectApi(prefect)
+        assert "Sign in" in page(feedback)
+        assert "html" in page(prefect)
+        assert "html" in page(mlflow)
+        found = api.deployment("train")
         assert (found["name"], found["work_pool_name"]) == ("train", "rlhf-process")
         fields = found["parameter_openapi_schema"]["properties"]
         assert fields["profile"]["enum"] == ["keep", "default", "smoke"]
         assert not any("anyOf" in field for field in fields.values())  # the form would show a type switcher
 
-        (pool,) = post(f"{prefect}/api/work_pools/filter", {})
+        (pool,) = api.post("work_pools/filter")
         assert pool["type"] == "process"
-        queues = post(f"{prefect}/api/work_pools/rlhf-process/queues/filter", {})
+        queues = api.post("work_pools/rlhf-process/queues/filter")
         limits = {queue["name"]: queue["concurrency_limit"] for queue in queues}
         assert (limits["cpu"], limits["gpu"]) == (2, max(1, len(gpus.visible())))
-        automations = post(f"{prefect}/api/automations/filter", {})
+        automations = api.post("automations/filter")
         names = {"rlhf: mark silent runs as crashed", "rlhf: compare new candidates"}
         assert {automation["name"] for automation in automations if automation["enabled"]} >= names
-        wait_for(lambda: post(f"{prefect}/api/work_pools/rlhf-process/workers/filter", {}), 60)
-        flow_run = post(f"{prefect}/api/deployments/{found['id']}/create_flow_run", {})
-        states = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
-        url = f"{prefect}/api/flow_runs/{flow_run['id']}"
-        wait_for(lambda: json.loads(get(url))["state_type"] in states, 240)
-        assert json.loads(get(url))["state_type"] == "COMPLETED"
-        artifacts = post(f"{prefect}/api/artifacts/filter", {})
+        wait_for(lambda: api.post("work_pools/rlhf-process/workers/filter"), 60)
+        flow_run = api.start("train")
+        assert api.follow(flow_run, 240) == "COMPLETED"
+        artifacts = api.post("artifacts/filter")
         assert any("kept" in str(a["data"]) and "reports/evaluation" in str(a["data"]) for a in artifacts)
         assert "finished" in run(["rlhf", "runs"], checkout).stdout
         client = MlflowClient(mlflow)
         tags = client.get_model_version_by_alias("rlhf-policy", "candidate").tags
-        assert tags["prefect.flow_run"] == flow_run["id"]
+        assert tags["prefect.flow_run"] == flow_run
         assert tags["prefect.url"].startswith(prefect)
         branch = f"{tags['rlhf.branch']}:dvc.lock"
         assert "models/policy" in run(["git", "show", branch], checkout).stdout
 
-        wished = {"parameters": {"dry_run": True, "overrides": ["ppo.gamma=0.5"]}}
-        dry = post(f"{prefect}/api/deployments/{found['id']}/create_flow_run", wished)
-        wait_for(lambda: json.loads(get(f"{prefect}/api/flow_runs/{dry['id']}"))["state_type"] in states, 90)
-        (planned,) = (a for a in post(f"{prefect}/api/artifacts/filter", {}) if a["key"] == "plan")
+        dry = api.start("train", dry_run=True, overrides=["ppo.gamma=0.5"])
+        wait_for(lambda: api.state(dry) in ENDED, 90)
+        (planned,) = (a for a in api.post("artifacts/filter") if a["key"] == "plan")
         assert " of 9 stages would run, about " in planned["description"]
         assert "ppo.gamma was 1.0, is 0.5" in planned["data"]
     finally:
         up.send_signal(signal.SIGINT)
         assert up.wait(60) == 0
     assert log.read_text().rstrip().endswith("stopped")
-    assert get(prefect) is None
-    assert get(mlflow) is None
+    assert page(prefect) is None
+    assert page(mlflow) is None
     wait_for(lambda: not processes_below(checkout), 20)
 
 
@@ -113,31 +80,23 @@ def test_a_run_that_is_killed_with_its_worker_is_marked_and_its_retry_goes_on(fi
     up = start(["rlhf", "up"], checkout, log, RLHF_PREFECT_PORT="4500", RLHF_MLFLOW_PORT="5500")
     try:
         wait_for(lambda: up.poll() is not None or "Ctrl-C stops" in log.read_text(), 180)
-        prefect = re.findall(r"http://127\.0\.0\.1:\d+", log.read_text())[0]
-        smoke = {"parameters": {"profile": "smoke"}}
-        found = deployment(prefect, "train")
-        flow_run = post(f"{prefect}/api/deployments/{found['id']}/create_flow_run", smoke)
-        url = f"{prefect}/api/flow_runs/{flow_run['id']}"
-
-        def state():
-            return json.loads(get(url))["state_type"]
-
+        api = PrefectApi(re.findall(r"http://127\.0\.0\.1:\d+", log.read_text())[0])
+        flow_run = api.start("train", profile="smoke")
         worktrees = checkout / ".rlhf" / "worktrees"
         wait_for(lambda: list(worktrees.glob("*/.rlhf/runs/sft/progress.json")))
-        assert state() == "RUNNING"
+        assert api.state(flow_run) == "RUNNING"
         running = processes_below(checkout).items()
         victims = [pid for pid, name in running if "prefect worker" in name or "engine" in name]
         assert len(victims) >= 2
         for pid in victims:
             os.kill(pid, signal.SIGKILL)
-        wait_for(lambda: state() == "CRASHED", 300)
+        wait_for(lambda: api.state(flow_run) == "CRASHED", 300)
         assert "worker ended with status -9; starting it again" in log.read_text()
         assert not any("rlhf_core" in name for name in processes_below(checkout).values())  # nothing trains
 
-        retry = {"state": {"type": "SCHEDULED", "name": "AwaitingRetry"}, "force": True}
-        post(f"{url}/set_state", retry)
-        wait_for(lambda: state() in ("COMPLETED", "FAILED"), 400)
-        assert state() == "COMPLETED"
+        api.retry(flow_run)
+        wait_for(lambda: api.state(flow_run) in ("COMPLETED", "FAILED"), 400)
+        assert api.state(flow_run) == "COMPLETED"
         assert list(worktrees.iterdir()) == []
     finally:
         up.send_signal(signal.SIGINT)
@@ -160,7 +119,7 @@ def test_registered_policy_answers_over_http(finished, tmp_path):
     server = start(command, checkout, log, MLFLOW_TRACKING_URI=store, MLFLOW_DISABLE_TELEMETRY="true")
     body = {"messages": [{"role": "user", "content": "how are you?"}], "max_tokens": 6, "seed": 3}
     try:
-        wait_for(lambda: server.poll() is not None or get("http://127.0.0.1:5402/ping") is not None, 120)
+        wait_for(lambda: server.poll() is not None or page("http://127.0.0.1:5402/ping") is not None, 120)
         reply = post("http://127.0.0.1:5402/invocations", body)
         assert reply["choices"][0]["message"]["role"] == "assistant"
         assert 0 < reply["usage"]["completion_tokens"] <= 6
