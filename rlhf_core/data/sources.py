@@ -106,9 +106,11 @@ def _parse_object(path: Path, number: int, line: str) -> dict[str, Any]:
 def _read_csv(path: Path) -> Iterator[RawRow]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
+        found = False
         try:
             names = reader.fieldnames or ()
             for values in reader:
+                found = True
                 if None in values or None in values.values():
                     raise InputError(
                         f"{path}: line {reader.line_num}: must have {len(names)} cells, as line 1"
@@ -120,8 +122,8 @@ def _read_csv(path: Path) -> Iterator[RawRow]:
             raise InputError(
                 f"{path}: line {reader.line_num + 1} is not UTF-8 text: {error.reason}"
             ) from None
-    if reader.line_num <= 1:
-        raise InputError(f"{path}: holds no rows, only a header")
+    if not found:
+        raise InputError(f"{path}: holds no rows, only {'a header' if names else 'blank lines'}")
 
 
 def _read_parquet(path: Path) -> Iterator[RawRow]:

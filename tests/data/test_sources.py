@@ -55,6 +55,8 @@ def test_csv_from_a_spreadsheet_with_a_byte_order_mark(tmp_path):
         ("x.csv", "a,b\n1,2,3\n", "line 2: must have 2 cells"),
         ("x.csv", 'a,b\n"1,2\n', "not CSV"),
         ("x.csv", "a,b\n", "holds no rows, only a header"),
+        ("x.csv", "a,b\n\n\n", "holds no rows, only a header"),
+        ("x.csv", "\n\r", "holds no rows, only blank lines"),
     ],
 )
 def test_fault_is_named_with_its_line(tmp_path, name, content, message):
