@@ -33,7 +33,11 @@ PROJECTS = {
         id=PRODUCTION, name="Real use", kind=TaskKind.LABEL, guidelines=GUIDELINES, gold_share=0.0
     ),
     COMMENTS: Project(
-        id=COMMENTS, name="Comments from real use", kind=TaskKind.CRITIQUE, guidelines=GUIDELINES, gold_share=0.0
+        id=COMMENTS,
+        name="Comments from real use",
+        kind=TaskKind.CRITIQUE,
+        guidelines=GUIDELINES,
+        gold_share=0.0,
     ),
 }
 

@@ -58,7 +58,9 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
     }
 
 
-def completion(choices: Sequence[Choice], prompt_tokens: int, *, model: str, name: str = "") -> dict[str, Any]:
+def completion(
+    choices: Sequence[Choice], prompt_tokens: int, *, model: str, name: str = ""
+) -> dict[str, Any]:
     """A whole chat completion of the id `name` (empty: a new one)."""
     return {
         "id": name or new_id(),

@@ -195,6 +195,14 @@ def feedback(context: typer.Context) -> None:
     _become("feedback.cli", context.args)
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
+)
+def serve(context: typer.Context) -> None:
+    """Answer chats with the champion, in OpenAI's form; a new champion takes over without a restart."""
+    _become("serving.cli", context.args)
+
+
 @app.command()
 def doctor() -> None:
     """Look at all that a run needs here, and say what to do about what is missing."""

@@ -244,7 +244,9 @@ def registered_model_dir(uri: str, root: Path, into: Path | None = None) -> Path
         location = client.get_model_version_download_uri(name, rest)
         mlflow.set_tracking_uri(tracking_uri(root))
         here = location.startswith(("file:", "/"))
-        local = Path(mlflow.artifacts.download_artifacts(location, dst_path=None if here or not into else str(into)))
+        local = Path(
+            mlflow.artifacts.download_artifacts(location, dst_path=None if here or not into else str(into))
+        )
     except (MlflowException, OSError) as error:
         raise InputError(f"{uri}: no such registered model in {tracking_uri(root)}: {error}") from None
     found = next(local.glob("artifacts/*/config.json"), None)

@@ -10,7 +10,9 @@ RETRY_SECONDS = 2
 class ApiError(Exception):
     """An expected refusal. `param` is the key that is wrong, where it is one."""
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+    ) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
 

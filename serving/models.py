@@ -126,5 +126,3 @@ def digest_of(directory: Path) -> str:
         with path.open("rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()[:12]
-
-

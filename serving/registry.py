@@ -75,7 +75,9 @@ class RegistrySource:
     def load(self, version: Version) -> Live:
         """Raises InputError when there is no such version, or when its weights are damaged."""
         with tempfile.TemporaryDirectory(prefix="rlhf-serve-") as place:
-            directory = registered_model_dir(f"models:/{version.name}/{version.number}", self.root, Path(place))
+            directory = registered_model_dir(
+                f"models:/{version.name}/{version.number}", self.root, Path(place)
+            )
             return load(version, directory, self.run, self.capacity)
 
 

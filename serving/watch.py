@@ -158,5 +158,3 @@ class Watcher:
             self._fleet.close_unused(timeout=0.5)
             if self._stop.is_set():
                 raise Stopped
-
-
