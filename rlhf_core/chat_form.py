@@ -1,4 +1,4 @@
-"""Chat in OpenAI's form: the reply of MLflow's model and of `rlhf serve`, and the decoding they default to."""
+"""Chat in OpenAI's form: replies of MLflow's model and of `rlhf serve`, and their default decoding."""
 
 from __future__ import annotations
 

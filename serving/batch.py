@@ -42,7 +42,7 @@ Sink = Callable[[Piece | Failure], None]
 
 @dataclass
 class Order:
-    """A prompt to be answered `copies` times. `sink` is called from the engine's thread and must not block."""
+    """A prompt to be answered `copies` times. `sink` runs on the engine's thread; it must not block."""
 
     prompt: Sequence[int]
     sampling: SamplingConfig

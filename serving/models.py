@@ -25,7 +25,7 @@ WARM_UP = [{"role": "user", "content": "Hello"}]
 
 @dataclass(frozen=True)
 class Version:
-    """What answers, by name: a registered model with its version, or a directory with a hash of its weights."""
+    """What answers: a registered model with its version, or a directory with a hash of its weights."""
 
     name: str
     number: str

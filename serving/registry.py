@@ -37,8 +37,8 @@ class RegistrySource:
         first = aliases.get(ledger.CHAMPION) or aliases.get(ledger.CANDIDATE)
         if not first:
             raise InputError(
-                f"{self.name}: has no champion and no candidate in {tracking_uri(self.root)}; `rlhf run` makes "
-                "a candidate, `rlhf promote` a champion; or serve a directory with --model"
+                f"{self.name}: has no champion and no candidate in {tracking_uri(self.root)}; `rlhf run` "
+                "makes a candidate, `rlhf promote` a champion; or serve a directory with --model"
             )
         self._tell(aliases, first)
         found = {CHAMPION: Version(self.name, first)}
