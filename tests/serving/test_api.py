@@ -187,7 +187,7 @@ def test_openais_own_client_is_content(server, loaded):
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text == expected(loaded, HELLO).text
     assert chunks[-1].usage == answer.usage
-    assert [model.id for model in client.models.list()][0] == "toy"
+    assert next(model.id for model in client.models.list()) == "toy"
     with pytest.raises(openai.BadRequestError) as told:
         client.chat.completions.create(model="toy", messages=HELLO, temperature=3)
     assert told.value.param == "temperature"
