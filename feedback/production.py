@@ -70,20 +70,16 @@ def open_production(store: Store) -> None:
                 )
 
 
-def keep_answer(
-    store: Store,
+def answer_item(
     answer_id: str,
     messages: Sequence[dict[str, str]],
     text: str,
     *,
     policy: str,
     decoding: dict[str, Any],
-) -> None:
-    """Add one answer to `production`; on the disk when this returns.
-
-    Raises ValueError (pydantic's) for messages that are no item, StoreUnavailableError.
-    """
-    item = Item.model_validate(
+) -> Item:
+    """An answer as an item of `production`. Raises pydantic's ValidationError where it can be none."""
+    return Item.model_validate(
         {
             "id": answer_id,
             "project": PRODUCTION,
@@ -92,8 +88,13 @@ def keep_answer(
             "responses": [{"text": _clean(text), "policy": policy, "decoding": decoding}],
         }
     )
+
+
+def keep_answers(store: Store, answers: Sequence[Item]) -> None:
+    """Add answers, all or none; on the disk when this returns. Raises StoreUnavailableError."""
     with store.write() as connection:
-        store.append(connection, SYSTEM, EventType.ITEM_ADDED, {"item": item.model_dump(mode="json")})
+        for item in answers:
+            store.append(connection, SYSTEM, EventType.ITEM_ADDED, {"item": item.model_dump(mode="json")})
 
 
 def rate(store: Store, answer_id: str, user: str, *, good: bool, comment: str = "") -> Rated:

@@ -70,6 +70,11 @@ class Answer:
     writing: Writing
 
     @property
+    def length(self) -> int:
+        """Tokens of prompt and answer."""
+        return len(self.order.prompt) + self.writing.tokens
+
+    @property
     def decoding(self) -> tuple[float, int, float]:
         """What answers that are drawn together have in common."""
         sampling = self.order.sampling
@@ -97,6 +102,7 @@ class Batch:
         self._tokenizer, self._device = tokenizer, model.device
         self._held: list[Answer | None] = [None]
         self._logits = torch.empty(0)  # (slots, V)
+        self._widest = 0  # tokens of the longest row since the slots were last numbered anew
 
     @property
     def joins(self) -> bool:
@@ -166,14 +172,18 @@ class Batch:
             self._held += [None] * (slots - len(self._held))
 
     def _thin(self, following: list[int]) -> list[int]:
-        """Go on with fewer slots, where half of them are free; what to step those with."""
+        """Go on with fewer slots where half of them are free, and no wider than twice the longest row: both
+        make every step dearer. What to step the slots with."""
         kept = [slot for slot, answer in enumerate(self._held) if answer is not None]
+        longest = max((answer.length for answer in self.answers), default=0)
+        self._widest = max(self._widest, longest)
         if self.joins:
             slots = 1 << max(len(kept) - 1, 0).bit_length()
             free = [slot for slot in range(len(self._held)) if slot not in kept]
             kept += free[: slots - len(kept)]
-        if len(kept) == len(self._held) or not kept:
+        if not kept or (len(kept) == len(self._held) and 2 * longest >= self._widest):
             return following
+        self._widest = longest
         self._rows.leave([slot for slot, answer in enumerate(self._held) if answer is None])
         self._keep(kept)
         self._held = [self._held[slot] for slot in kept]

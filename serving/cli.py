@@ -80,7 +80,7 @@ def serve(
     )
     logging.getLogger("serving").setLevel(logging.INFO)
     key = _key(host)
-    hosts = ("127.0.0.1", "localhost", "[::1]") if is_loopback(host) else ()
+    hosts = ("127.0.0.1", "localhost", "::1", "[::1]") if is_loopback(host) else ()
     limits = Limits(max_tokens, max_body, slots, key, (*hosts, *(allowed_host or ([] if hosts else ["*"]))))
     recorder = _recorder(database) if log_with_consent else None
     source = _source(model, challenger, Capacity(slots, queue, context))

@@ -27,6 +27,9 @@ class ApiError(Exception):
 def error_body(
     status: int, message: str, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
+    # Half a surrogate pair, which JSON can carry in, is no text that could go out.
+    message = message.encode("utf-8", "replace").decode()
+    param = param.encode("utf-8", "replace").decode() if param else param
     kinds = {401: "authentication_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}

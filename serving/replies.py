@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from rlhf_core.chat_form import usage
 from serving.answering import Answering
@@ -16,6 +18,8 @@ from serving.errors import ApiError
 from serving.service import Recorder
 
 DONE = "data: [DONE]\n\n"
+STALLED_SECONDS = 30.0
+log = logging.getLogger(__name__)
 
 
 def marks(answering: Answering) -> dict[str, str]:
@@ -36,8 +40,13 @@ class EventStream(StreamingResponse):
         self._answering = answering
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def sending(message: Message) -> None:
+            await asyncio.wait_for(send(message), STALLED_SECONDS)
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, sending)
+        except TimeoutError:  # it would hold its version for ever
+            log.warning("a client did not read its answer for %.0f s, and was left", STALLED_SECONDS)
         finally:
             self._answering.close()
 

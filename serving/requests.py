@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from feedback.loading import explain
 from rlhf_core.chat_form import sampling_of
@@ -54,22 +54,40 @@ class _Given(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
 
+def _whole(text: str) -> str:
+    """JSON can carry half a surrogate pair, which is no character."""
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("must be Unicode text, without half a surrogate pair")
+    return text
+
+
+_Text = Annotated[str, AfterValidator(_whole)]
+
+
 class _Part(_Given):
     type: Literal["text"]
-    text: str
+    text: _Text
+
+
+def _parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 class _Message(_Given):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[_Part]
+    content: Annotated[list[_Part], BeforeValidator(_parts)]
 
     def plain(self) -> dict[str, str]:
-        text = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
+        text = "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
 class _StreamOptions(_Given):
     include_usage: bool | None = None
+
+
+def _listed(stop: Any) -> Any:
+    return [] if stop is None else [stop] if isinstance(stop, str) else stop
 
 
 _Stop = Annotated[str, Field(min_length=1, max_length=500)]
@@ -84,13 +102,13 @@ class _Chat(_Given):
     top_k: int | None = Field(None, ge=0)
     max_tokens: _Tokens | None = None
     max_completion_tokens: _Tokens | None = None
-    stop: _Stop | Annotated[list[_Stop], Field(max_length=4)] | None = None
+    stop: Annotated[list[_Stop], Field(max_length=4), BeforeValidator(_listed)] = []
     seed: int | None = Field(None, ge=0, le=MOST_SEED)
     n: int | None = Field(None, ge=1, le=MOST_CHOICES)
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
-    user: str | None = Field(None, max_length=500)
-    metadata: dict[str, str] | None = Field(None, max_length=16)
+    user: _Text | None = Field(None, max_length=500)
+    metadata: dict[_Text, _Text] | None = Field(None, max_length=16)
 
 
 class _Feedback(_Given):
@@ -98,8 +116,8 @@ class _Feedback(_Given):
 
     id: str = Field(min_length=1, max_length=100)
     rating: Literal["up", "down"]
-    comment: str = Field("", max_length=5000)
-    user: str | None = Field(None, max_length=500)
+    comment: _Text = Field("", max_length=5000)
+    user: _Text | None = Field(None, max_length=500)
     index: int = Field(0, ge=0, lt=MOST_CHOICES)
 
 
@@ -160,14 +178,13 @@ def read_chat(body: dict[str, Any], headers: Mapping[str, str], most_tokens: int
     seed = secrets.randbelow(2**31) if chat.seed is None else chat.seed
     given = chat.model_dump(include={"temperature", "top_p", "top_k"})
     sampling = sampling_of(given | {"max_tokens": _most_tokens(chat, most_tokens), "seed": seed})
-    stop = chat.stop or ()
     metadata = chat.metadata or {}
     messages = tuple(message.plain() for message in chat.messages)
     return Wanted(
         model=chat.model or "",
         messages=messages,
         sampling=sampling,
-        stops=(stop,) if isinstance(stop, str) else tuple(stop),
+        stops=tuple(chat.stop),
         copies=copies,
         stream=bool(chat.stream),
         with_usage=bool(chat.stream_options and chat.stream_options.include_usage),

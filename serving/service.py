@@ -9,7 +9,7 @@ from typing import Any
 from starlette.concurrency import run_in_threadpool
 
 from feedback.errors import FeedbackError
-from feedback.production import Rated, keep_answer, pseudonym_of, rate
+from feedback.production import Rated, answer_item, keep_answers, pseudonym_of, rate
 from feedback.store import Store
 from rlhf_core.chat_form import Choice
 from serving.fleet import Fleet
@@ -41,16 +41,17 @@ class Recorder:
     async def keep(self, answer: str, wanted: Wanted, choices: list[Choice], version: Version) -> bool:
         """Whether all choices are on the disk; a store that fails costs a warning, not the answer."""
         try:
-            for index, choice in enumerate(choices):
-                await run_in_threadpool(
-                    keep_answer,
-                    self._store,
+            items = [
+                answer_item(
                     choice_id(answer, index),
                     wanted.messages,
                     choice.text,
                     policy=version.label,
                     decoding=wanted.decoding | {"finish_reason": choice.finish_reason},
                 )
+                for index, choice in enumerate(choices)
+            ]
+            await run_in_threadpool(keep_answers, self._store, items)
         except FeedbackError as error:
             log.error("answer %s was not kept: %s", answer, error)
             return False

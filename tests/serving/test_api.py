@@ -121,6 +121,7 @@ def test_parts_of_text_and_the_developers_role_are_taken(server):
         ({"tools": [{"type": "function"}]}, "tools", "not supported"),
         ({"frequency_penalty": 1}, "frequency_penalty", "not supported here, found 1"),
         ({"temprature": 1}, "temprature", "not supported"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages", "half a surrogate"),
     ],
 )
 def test_bad_input_names_key_value_and_rule(server, values, param, says):
