@@ -230,7 +230,7 @@ class Letters:
         ("ab END c", ("END",), ["a", "b", "", "", "", ""], "ab", True),
         ("a EN b", ("END",), ["a", "", "", "", " EN", " b", ""], "a EN b", False),
         ("one\ntwo", ("wo", "\n"), ["o", "n", "e", ""], "one", True),
-        ("xyxyz", ("xyz",), ["", "", "", "xy", ""], "xy", True),
+        ("xyxyz", ("xyz",), ["", "", "xy", "", ""], "xy", True),
         ("a\n", (), ["a", "", ""], "a", False),
         ("\n.", ("\n",), [""], "", True),
     ],
