@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -48,15 +49,7 @@ class Answering:
     def _begin(self) -> None:
         prompt = self.live.encode(self.wanted.messages)
         self.prompt_tokens = len(prompt)
-        asked = len(prompt) + self.wanted.sampling.max_new_tokens
-        if asked > self.live.context:
-            raise bad(
-                "messages",
-                f"{len(prompt)} tokens, with {self.wanted.sampling.max_new_tokens} of the answer, must be at "
-                f"most {self.live.context}",
-                "context_length_exceeded",
-            )
-        wanted = self.wanted
+        self.wanted = wanted = _fitted(self.wanted, len(prompt), self.live.context)
         self._order = Order(prompt, wanted.sampling, wanted.copies, wanted.stops, self._sink)
         self.live.engine.submit(self._order)
 
@@ -116,3 +109,17 @@ class Answering:
         if self._order is not None:
             self._order.cancel()
         self._fleet.release(self.live)
+
+
+def _fitted(wanted: Wanted, prompt: int, context: int) -> Wanted:
+    """The request with an answer that fits behind its prompt. Raises ApiError when the one asked for does not."""
+    tokens, left = wanted.sampling.max_new_tokens, context - prompt
+    if tokens <= left:
+        return wanted
+    if left > 0 and not wanted.says_length:
+        return replace(wanted, sampling=wanted.sampling.model_copy(update={"max_new_tokens": left}))
+    raise bad(
+        "messages",
+        f"{prompt} tokens, with {tokens if wanted.says_length else 1} of the answer, must be at most {context}",
+        "context_length_exceeded",
+    )

@@ -128,6 +128,7 @@ class Wanted:
     model: str
     messages: tuple[dict[str, str], ...]
     sampling: SamplingConfig
+    says_length: bool  # else the answer may be shortened to what the model's context leaves
     stops: tuple[str, ...]
     copies: int
     stream: bool
@@ -184,6 +185,7 @@ def read_chat(body: dict[str, Any], headers: Mapping[str, str], most_tokens: int
         model=chat.model or "",
         messages=messages,
         sampling=sampling,
+        says_length=(chat.max_tokens or chat.max_completion_tokens) is not None,
         stops=tuple(chat.stop),
         copies=copies,
         stream=bool(chat.stream),

@@ -133,6 +133,17 @@ def test_bad_input_names_key_value_and_rule(server, values, param, says):
     assert set(error) == {"message", "type", "param", "code"}
 
 
+def test_an_answer_whose_length_is_not_said_ends_with_the_context(server, loaded):
+    """The toy's context is 512 tokens, and an answer has up to 256 where nothing is said."""
+    long = [{"role": "user", "content": "no " * 160}]
+    prompt = server.chat(long, max_tokens=1).json()["usage"]["prompt_tokens"]
+    assert 300 < prompt < 500
+    assert server.chat(long, max_tokens=256).status_code == 400
+    usage = server.chat(long, max_tokens=None, temperature=2).json()["usage"]
+    assert usage["prompt_tokens"] == prompt
+    assert usage["total_tokens"] <= 512
+
+
 def test_keys_that_ask_for_nothing_are_passed_over(server):
     nothing = {"frequency_penalty": 0, "tools": [], "logprobs": False, "response_format": {"type": "text"}}
     assert server.chat(**nothing, user="ann", service_tier="auto").status_code == 200

@@ -34,7 +34,8 @@ class Process:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        assert self.process.stdout.readline().startswith("Serve     http://127.0.0.1:")
+        while not (line := self.process.stdout.readline()).startswith(f"Serve     {self.url} "):
+            assert line, "it ended while starting"
         deadline = time.monotonic() + 60
         while not self._answers():
             assert time.monotonic() < deadline, "it did not start"

@@ -29,6 +29,19 @@ def rate(server, answer, rating="up", **values):
     return server.http.post("/v1/feedback", json={"id": answer, "rating": rating, **values})
 
 
+def spoken(server, count):
+    """So many different answers with words in them; the toy often says nothing."""
+    found = {}
+    for seed in range(100):
+        body = server.chat(SECRET, seed=seed, max_tokens=30, temperature=1.5, **AGREED).json()
+        text = body["choices"][0]["message"]["content"].strip()
+        if text:
+            found[text] = body
+        if len(found) == count:
+            return list(found.values())
+    raise AssertionError("the toy is silent")
+
+
 def everything(store):
     """The whole database as text: every row of every table."""
     with store.read() as connection:
@@ -121,7 +134,8 @@ def test_ratings_become_votes_of_pseudonyms_that_later_ones_replace(serve, store
 
 def test_comments_are_critiques_beside_the_votes(serve, store, recorder):
     server = serve(recorder=recorder)
-    name = server.chat(SECRET, **AGREED).json()["id"]
+    (body,) = spoken(server, 1)
+    name = body["id"]
     assert rate(server, name, "down", user="ann", comment="too short").status_code == 200
     assert rate(server, name, "down", user="ann", comment="far too short").status_code == 200
     found = gather(store, COMMENTS)
@@ -129,13 +143,13 @@ def test_comments_are_critiques_beside_the_votes(serve, store, recorder):
     rows = make_snapshot(found, SnapshotConfig(license="CC0-1.0")).files["critiques.jsonl"]
     row = json.loads(rows)
     assert (row["critique"], row["prompt"]) == ("far too short", SECRET[0]["content"])
-    assert len(gather(store, PRODUCTION).items) == 1
+    assert "comments" not in "".join(item.id for item in gather(store, PRODUCTION).items)
 
 
 def test_votes_come_out_of_a_snapshot_as_those_of_other_label_projects(serve, store, recorder):
     """Two answers to one prompt, one good and one bad, make a pair too."""
     server = serve(recorder=recorder)
-    good, bad = (server.chat(SECRET, seed=seed, **AGREED).json() for seed in (1, 2))
+    good, bad = spoken(server, 2)
     rate(server, good["id"], "up", user="ann")
     rate(server, bad["id"], "down", user="bob")
     files = make_snapshot(gather(store, PRODUCTION), SnapshotConfig(license="CC0-1.0")).files

@@ -210,7 +210,7 @@ def test_an_unknown_model_is_told(registry):
 
 def test_a_challenger_gets_its_share_and_keeps_its_conversations(two_versions, serve):
     two_versions.point("candidate", 2)
-    server = serve(two_versions.source("candidate"), challenger_share=0.3)
+    server = serve(two_versions.source("candidate"), challenger_share=0.3, interval=5.0)
     seen = {}
     for user in map(str, range(60)):
         for _ in range(2):
@@ -249,7 +249,7 @@ class Toys:
 def toys(make_live):
     source = Toys(make_live)
     source.fleet = Fleet("toy", 0.5)
-    return source, source.fleet, Watcher(source.fleet, source, 0.01)
+    return source, source.fleet, Watcher(source.fleet, source, 0.3)
 
 
 def roles(fleet):
@@ -284,7 +284,7 @@ def test_a_new_champion_that_is_broken_costs_neither_the_old_one_nor_the_challen
     watcher.look()  # too early for another try
     assert source.loaded == loaded
     source.broken = set()
-    time.sleep(0.05)
+    time.sleep(0.7)
     watcher.look()
     assert roles(fleet) == {CHAMPION: "3", CHALLENGER: "2"}
 
