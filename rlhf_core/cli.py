@@ -60,7 +60,13 @@ QUIET = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 
-BENCHMARKS = {"generation": "speed", "growth": "growth", "peers": "peers"}  # modules of benchmarks/
+# Modules of benchmarks/.
+BENCHMARKS = {
+    "generation": "speed",
+    "growth": "growth",
+    "peers": "peers",
+    "serving": "serving",
+}
 PARENT_DEATH_VARIABLE = "RLHF_DIE_WITH_PARENT"
 PR_SET_PDEATHSIG = 1
 INTERRUPTED = 130
@@ -176,7 +182,7 @@ def up(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
 )
 def bench(context: typer.Context) -> None:
-    """Measure speed in this checkout: `bench generation`, `bench growth` or `bench peers CASE ...`."""
+    """Measure speed in this checkout: `bench generation`, `growth`, `serving` or `peers CASE ...`."""
     part, *options = context.args or ["--help"]
     if part not in BENCHMARKS:
         raise InputError(
@@ -193,6 +199,14 @@ def bench(context: typer.Context) -> None:
 def feedback(context: typer.Context) -> None:
     """Collect people's votes: `feedback serve`, create-project, add-annotator, import, export, status."""
     _become("feedback.cli", context.args)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
+)
+def serve(context: typer.Context) -> None:
+    """Answer chats with the champion, in OpenAI's form; a new champion takes over without a restart."""
+    _become("serving.cli", context.args)
 
 
 @app.command()

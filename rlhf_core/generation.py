@@ -101,7 +101,7 @@ def generate(
     """
     wanted = range(len(conversations)) if only is None else only
     prompts = [encode_prompt(tokenizer, messages) for messages in conversations]
-    table = _uniforms(len(prompts) * samples_per_prompt, sampling)
+    table = random_table(len(prompts) * samples_per_prompt, sampling)
     order = sorted(wanted, key=lambda i: len(prompts[i]))
     per_batch = max(1, batch_size // samples_per_prompt)
     results: dict[int, list[Generation]] = {}
@@ -117,8 +117,11 @@ def generate(
     return [results[i] for i in wanted]
 
 
-def _uniforms(rows: int, sampling: SamplingConfig) -> Tensor:
-    """(rows, max_new_tokens) float32 in [0, 1), the randomness of each row its own."""
+def random_table(rows: int, sampling: SamplingConfig) -> Tensor:
+    """(rows, max_new_tokens) float32 in [0, 1), the randomness of each row its own.
+
+    The first row is the same however many follow.
+    """
     generator = torch.Generator().manual_seed(sampling.seed)
     return torch.rand(rows, sampling.max_new_tokens, generator=generator)
 
@@ -235,7 +238,7 @@ def stream(
 ) -> Iterator[str]:
     """Yield one answer piece by piece; the same text that `generate` gives for the same seed."""
     prompt = encode_prompt(tokenizer, messages)
-    uniforms = _uniforms(1, sampling)[0].to(model.device)
+    uniforms = random_table(1, sampling)[0].to(model.device)
     with torch.inference_mode():
         rows = open_rows(model, 1, len(prompt) + sampling.max_new_tokens)
         logits = rows.enter([0], [prompt], 1)

@@ -226,8 +226,10 @@ class MlflowWriter:
         self._client.log_inputs(self._run_id, [entry])
 
 
-def registered_model_dir(uri: str, root: Path) -> Path:
+def registered_model_dir(uri: str, root: Path, into: Path | None = None) -> Path:
     """The Hugging Face directory inside a registered version, `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+
+    What does not lie on this machine is downloaded to `into`, or to a temporary directory that stays.
 
     Raises InputError when there is no such version.
     """
@@ -241,7 +243,10 @@ def registered_model_dir(uri: str, root: Path) -> Path:
             rest = client.get_model_version_by_alias(name, rest).version
         location = client.get_model_version_download_uri(name, rest)
         mlflow.set_tracking_uri(tracking_uri(root))
-        local = Path(mlflow.artifacts.download_artifacts(location))
+        here = location.startswith(("file:", "/"))
+        local = Path(
+            mlflow.artifacts.download_artifacts(location, dst_path=None if here or not into else str(into))
+        )
     except (MlflowException, OSError) as error:
         raise InputError(f"{uri}: no such registered model in {tracking_uri(root)}: {error}") from None
     found = next(local.glob("artifacts/*/config.json"), None)

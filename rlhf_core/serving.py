@@ -6,8 +6,6 @@ has the form of an OpenAI chat completion.
 
 from __future__ import annotations
 
-import time
-import uuid
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ import mlflow
 from mlflow.models import ModelSignature
 from mlflow.types.schema import Array, ColSpec, DataType, Object, Property, Schema
 
-DEFAULTS: dict[str, Any] = {"temperature": 0.7, "top_k": 0, "top_p": 1.0, "max_tokens": 64, "seed": 0}
 EXAMPLE = {"messages": [{"role": "user", "content": "What do you like to do on weekends?"}], "max_tokens": 32}
 
 
@@ -35,24 +32,16 @@ class ChatPolicy(mlflow.pyfunc.PythonModel):
         return replies[0] if len(replies) == 1 else replies
 
     def _complete(self, request: dict[str, Any]) -> dict[str, Any]:
-        from rlhf_core.config import SamplingConfig
+        from rlhf_core.chat_form import Choice, completion, sampling_of
         from rlhf_core.generation import generate
         from rlhf_core.modeling.encoding import encode_prompt
 
-        values: dict[str, Any] = {
-            name: DEFAULTS[name] if request.get(name) is None else request[name] for name in DEFAULTS
-        }
-        sampling = SamplingConfig(
-            temperature=values["temperature"],
-            top_k=int(values["top_k"]),
-            top_p=values["top_p"],
-            max_new_tokens=int(values["max_tokens"]),
-            seed=int(values["seed"]),
-        )
         messages = [{"role": m["role"], "content": m["content"]} for m in request["messages"]]
-        ((answer,),) = generate(self._model, self._tokenizer, [messages], sampling)
+        ((answer,),) = generate(self._model, self._tokenizer, [messages], sampling_of(request))
+        reason = "stop" if answer.finished else "length"
+        choice = Choice(answer.text, reason, len(answer.token_ids))
         prompt_tokens = len(encode_prompt(self._tokenizer, messages))
-        return completion(answer, prompt_tokens)
+        return completion([choice], prompt_tokens, model="rlhf-policy")
 
 
 def requests_of(model_input: Any) -> list[dict[str, Any]]:
@@ -67,29 +56,6 @@ def requests_of(model_input: Any) -> list[dict[str, Any]]:
 
 def _is_null(value: Any) -> bool:
     return value is None or (isinstance(value, float) and value != value)
-
-
-def completion(answer: Any, prompt_tokens: int) -> dict[str, Any]:
-    """An OpenAI-style chat completion."""
-    made = len(answer.token_ids)
-    return {
-        "id": f"chatcmpl-{uuid.uuid4().hex}",
-        "object": "chat.completion",
-        "created": int(time.time()),
-        "model": "rlhf-policy",
-        "choices": [
-            {
-                "index": 0,
-                "message": {"role": "assistant", "content": answer.text},
-                "finish_reason": "stop" if answer.finished else "length",
-            }
-        ],
-        "usage": {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": made,
-            "total_tokens": prompt_tokens + made,
-        },
-    }
 
 
 def signature() -> ModelSignature:

@@ -78,9 +78,9 @@ class Guard:
             await self._log(scope, status, reason)
             again = {"Retry-After": "60"} if status == 429 else None
             answer = PlainTextResponse(reason, status, headers=again)
-            await answer(scope, receive, _with_headers(send, scope))
+            await answer(scope, receive, with_headers(send, scope))
             return
-        await self._app(scope, _counted(receive, most), _with_headers(send, scope))
+        await self._app(scope, counted(receive, most), with_headers(send, scope))
 
     def _refusal(self, scope: Scope, headers: Headers, most: int) -> tuple[int, str] | None:
         if not scope["path"].startswith("/static/"):
@@ -136,11 +136,11 @@ def _cookie(headers: Headers, name: str) -> str:
     return cookie_parser(headers.get("cookie", "")).get(name, "")
 
 
-def _counted(receive: Receive, most: int) -> Receive:
+def counted(receive: Receive, most: int) -> Receive:
     """`receive` that stops a body without a length, or with a false one, at `most` bytes."""
     total = 0
 
-    async def counted() -> Message:
+    async def counting() -> Message:
         nonlocal total
         message = await receive()
         total += len(message.get("body", b""))
@@ -148,10 +148,12 @@ def _counted(receive: Receive, most: int) -> Receive:
             raise HTTPException(413, f"The body is larger than {most} bytes.")
         return message
 
-    return counted
+    return counting
 
 
-def _with_headers(send: Send, scope: Scope) -> Send:
+def with_headers(send: Send, scope: Scope) -> Send:
+    """`send` that adds `HEADERS` to every answer, and says that nothing but static files may be kept."""
+
     async def sending(message: Message) -> None:
         if message["type"] == "http.response.start":
             headers = MutableHeaders(scope=message)

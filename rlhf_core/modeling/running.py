@@ -36,7 +36,7 @@ class RunningRows(Protocol):
         """These rows have ended; what their slots are stepped with no longer matters."""
 
     def keep(self, slots: Tensor) -> None:
-        """Go on with these slots only, numbered anew."""
+        """Go on with these slots only, numbered anew. Where rows may join, one named twice becomes two."""
 
 
 def open_rows(model: PreTrainedModel, slots: int, longest: int) -> RunningRows:
@@ -177,10 +177,11 @@ class StaticRows:
         self._lengths[torch.tensor(slots, dtype=torch.int64)] = 0
 
     def keep(self, slots: Tensor) -> None:
-        """Go on with these slots only, numbered anew."""
-        for number, cache in enumerate(self._caches):
-            self._caches[number] = cache[:, slots]
+        """Go on with these slots only, numbered anew, and no wider than the longest of them is."""
         self._lengths = self._lengths[slots]
+        width = -(-int(self._lengths.max()) // GROWTH) * GROWTH
+        for number, cache in enumerate(self._caches):
+            self._caches[number] = cache[:, :, :, :width].index_select(1, slots)
 
     def _widen(self, width: int) -> None:
         """Room for so many tokens, of zeros: what the mask hides must not be NaN."""
