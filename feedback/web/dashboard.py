@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from scipy.stats import binomtest
-
 from feedback.agreement import DisagreementCost, agreement, disagreement_costs
 from feedback.annotators import gold_accuracy, position_bias, speed, suggest_exclusions
 from feedback.collection import Collection
@@ -102,6 +100,8 @@ def _votes_plot(store: Store, collection: Collection):
 
 
 def _bias_plot(collection: Collection, names: dict[str, str]):
+    from scipy.stats import binomtest  # takes half a second to load, which a start of the service need not wait
+
     rows = []
     for row in position_bias(collection):
         interval = binomtest(row.num_first, row.num_decisive).proportion_ci(0.95, method="exact")
