@@ -100,6 +100,7 @@ def test_strangers_see_the_sign_in_alone(app, store):
         "/manage",
         "/manage/p/p",
         "/manage/p/p/votes.jsonl",
+        "/manage/p/p/pairs",
         "/manage/log",
         "/adjudicate/p",
     ):

@@ -32,7 +32,6 @@ from feedback.web.context import Settings
 
 from ..conftest import person
 
-
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 ASK = [{"role": "user", "content": "How do I keep bread fresh for longer?"}]

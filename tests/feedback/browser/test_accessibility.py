@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from feedback import accounts, assignment
+from feedback import assignment
 from feedback.projects import create_project
 from feedback.records import Choice, Item, Project, Role
 from feedback.store import Store
@@ -20,7 +20,9 @@ from ..conftest import person
 from .conftest import ASK, GUIDE, ONE, THREE, TWO, Service, leave, picture, press, project_of, signed_in
 
 AXE = Path(sys.prefix) / "axe" / "node_modules" / "axe-core" / "axe.min.js"
-pytestmark = pytest.mark.skipif(not AXE.is_file(), reason="axe is not installed; `make test` does it with npm")
+pytestmark = pytest.mark.skipif(
+    not AXE.is_file(), reason="axe is not installed; `make test` does it with npm"
+)
 
 VIEWS = [  # colours and width; 640 x 360 is what 1280 x 720 shows at 200 %
     ("light", 1280, 800),
@@ -45,7 +47,7 @@ RICH = """# A title
 | 1 | 2 |
 
 ```
-code that is longer than the page is wide, so that it has to be moved from side to side by whoever reads it to the end
+code_that_is_longer_than_the_page = is_wide(so_that, it_has_to_be_moved, from_side_to_side, by_who_reads_it)
 ```
 1. one
 2. [a link](https://example.org)"""
@@ -119,7 +121,7 @@ def findings(page, name):
         picture(page, f"{name}-{colours}-{width}")
         report = page.evaluate("() => axe.run(document, {resultTypes: ['violations']})")
         found += [
-            f"{colours} {width}: {rule['impact']} {rule['id']}: {node['html'][:120]} {node['failureSummary'][:300]}"
+            f"{colours} {width}: {rule['impact']} {rule['id']}: {node['html'][:120]} {node['failureSummary']}"
             for rule in report["violations"]
             for node in rule["nodes"]
         ]
