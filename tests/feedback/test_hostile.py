@@ -236,6 +236,15 @@ def test_fields_that_no_page_sends_are_refused(store, visitor, fields):
     assert not store.views()["votes"]
 
 
+@pytest.mark.parametrize("act", ["x", "-1", "1e3", "²", "9" * 30])
+def test_an_undo_of_no_act_is_refused(store, visitor, act):
+    pairs(store, 2)
+    ann = visitor()
+    ann.vote(choice="tie")
+    assert ann.script("/p/p/undo", {"csrf": ann.csrf, "act": act}).status_code == 422
+    assert len(store.views()["votes"]) == 1
+
+
 @pytest.mark.parametrize("seconds", ["nan", "inf", "-5", "1e400", "abc"])
 def test_times_that_cannot_be_are_bounded_by_the_server(store, clock, visitor, seconds):
     pairs(store, 1)
