@@ -139,8 +139,8 @@ def undo(store: Store, annotator: Annotator, project_id: str, act: int | None = 
     """Take the annotator's last vote, skip or flag back, and give that item again, on the same sides.
 
     `act` is the event that is meant: sent twice, it is taken back once, and nothing older with it. Returns
-    the item, None when `act` was taken back before. Raises ConflictError when there is nothing, when something
-    newer stands, or when it was adjudicated since.
+    the item, None when `act` was taken back before. Raises ConflictError when there is nothing, when
+    something newer stands, or when it was adjudicated since.
     """
     with store.write() as connection:
         kind, row = _last_act(connection, annotator, project_id)
