@@ -116,7 +116,7 @@ def findings(page, name):
     page.evaluate(AXE.read_text())  # by the debugger, so that the page's policy need not allow it
     found = []
     for colours, width, height in VIEWS:
-        page.emulate_media(color_scheme=colours)
+        page.emulate_media(color_scheme=colours, reduced_motion="reduce")  # no colour on its way to another
         page.set_viewport_size({"width": width, "height": height})
         picture(page, f"{name}-{colours}-{width}")
         report = page.evaluate("() => axe.run(document, {resultTypes: ['violations']})")

@@ -109,7 +109,13 @@ def test_the_dashboard_in_a_browser(real_store, visit):
     assert "0 of 3" in boss.locator(".numbers").inner_text().replace("\n", " ")
     press(ann, "1", "Enter")
     wait_for_votes(real_store, 1)
+    boss.set_viewport_size({"width": 390, "height": 844})
+    hours = boss.get_by_role("region", name="Votes by hour")
+    hours.focus()
+    hours.evaluate("one => { one.scrollLeft = 40; }")
     playwright.expect(boss.locator(".numbers dd").first).to_have_text("1 of 3", timeout=15000)
+    playwright.expect(hours).to_be_focused()  # drawn again, it is where the reader was
+    assert hours.evaluate("one => one.scrollLeft") == 40
     assert not boss.problems
 
 
