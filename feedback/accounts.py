@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import secrets
 from functools import lru_cache
@@ -10,7 +11,7 @@ from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerificationError
 from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
-from feedback.errors import ConflictError, InputError
+from feedback.errors import ConflictError, InputError, StoreUnavailableError
 from feedback.records import Annotator, EventType, Role
 from feedback.store import Store
 from feedback.tables import annotators, credentials, sessions
@@ -69,6 +70,18 @@ def change_annotator(
         return get_annotator(connection, person_id)
 
 
+def erase_account(store: Store, actor: str, person_id: str, reason: str) -> int:
+    """Delete one person's data, see `Store.erase_person`. Returns how many entries of the log were emptied.
+
+    Raises InputError for an unknown person, ConflictError when no manager would be left.
+    """
+    with store.read() as connection:
+        person = get_annotator(connection, person_id)
+        if person.role is Role.MANAGER and person.active and _managers(connection) == 1:
+            raise ConflictError("this is the only active manager; make another one first")
+    return store.erase_person(actor, person_id, reason)
+
+
 def new_secret(store: Store, person_id: str, secret: str | None = None) -> str:
     """Replace a person's secret and end all sessions. Returns the new one. Raises InputError."""
     secret = new_token() if secret is None else secret
@@ -123,7 +136,8 @@ def find_session(store: Store, token: str) -> Annotator | None:
     if row is None or row.seen < store.later(-IDLE_SECONDS) or row.started < store.later(-SESSION_SECONDS):
         return None
     if row.seen < store.later(-60):  # one write a minute, not one a request
-        with store.write() as connection:
+        # Where nothing can be written, who only reads need not know.
+        with contextlib.suppress(StoreUnavailableError), store.write() as connection:
             connection.execute(
                 update(sessions).where(sessions.c.token == _digest(token)).values(seen=store.now())
             )

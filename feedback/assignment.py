@@ -29,6 +29,11 @@ from feedback.records import (
 from feedback.store import Store
 from feedback.tables import adjudications, chat_turns, flags, items, leases, skips, votes
 
+GIVEN_BACK = {  # where it is kept, and which of it stands
+    EventType.ITEM_SKIPPED: (skips, skips.c.number > 0),
+    EventType.ITEM_FLAGGED: (flags, flags.c.cleared.is_(False)),
+}
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -52,7 +57,7 @@ class Shown:
 class Progress:
     done: int  # this annotator's votes
     left: int  # items that this annotator may still get
-    can_undo: bool
+    last_act: int | None  # the event of the last vote, skip or flag that stands, which `undo` takes back
 
 
 def next_item(store: Store, annotator: Annotator, project_id: str) -> Shown | None:
@@ -130,13 +135,19 @@ def clear_flag(store: Store, actor: str, item_id: str) -> None:
         store.append(connection, actor, EventType.FLAG_CLEARED, {"item": item_id})
 
 
-def undo(store: Store, annotator: Annotator, project_id: str) -> str:
+def undo(store: Store, annotator: Annotator, project_id: str, act: int | None = None) -> str | None:
     """Take the annotator's last vote, skip or flag back, and give that item again, on the same sides.
 
-    Returns the item. Raises ConflictError when there is nothing, or when it was adjudicated since.
+    `act` is the event that is meant: sent twice, it is taken back once, and nothing older with it. Returns
+    the item, None when `act` was taken back before. Raises ConflictError when there is nothing, when
+    something newer stands, or when it was adjudicated since.
     """
     with store.write() as connection:
         kind, row = _last_act(connection, annotator, project_id)
+        if act is not None and row is not None and row.number > act:
+            raise ConflictError("you have done something else since; load the page again")
+        if act is not None and (row is None or row.number < act):
+            return None
         if row is None:
             raise ConflictError("there is nothing to undo")
         if connection.scalar(select(adjudications.c.item).where(adjudications.c.item == row.item).limit(1)):
@@ -195,7 +206,8 @@ def progress(store: Store, annotator: Annotator, project_id: str) -> Progress:
         done = connection.scalar(select(func.count()).select_from(votes).where(mine)) or 0
         open_items = and_(*_open_to(store, annotator, project_id), items.c.is_gold.is_(False))
         left = connection.scalar(select(func.count()).select_from(items).where(open_items)) or 0
-        return Progress(done, left, _last_act(connection, annotator, project_id)[1] is not None)
+        last = _last_act(connection, annotator, project_id)[1]
+        return Progress(done, left, None if last is None else last.number)
 
 
 def draw_sides(project: Project, item: Item, annotator: Annotator) -> tuple[int, ...]:
@@ -320,6 +332,10 @@ def _give_back(store: Store, annotator: Annotator, item_id: str, reason: str, ki
         raise InputError(f"a reason of 1 to 1000 characters is needed, found {len(reason)}")
     with store.write() as connection:
         item = get_item(connection, item_id)
+        table, standing = GIVEN_BACK[kind]
+        same = and_(*_of(table, item_id, annotator), standing, table.c.reason == reason)
+        if connection.scalar(select(table.c.number).where(same)):
+            return  # sent twice
         lease = _must_hold(connection, item_id, annotator)
         payload = {"item": item_id, "annotator": annotator.id, "project": item.project, "reason": reason}
         payload["sides"] = lease.sides
@@ -340,8 +356,8 @@ def _same(earlier: Row, annotator: Annotator, item_id: str, value: Record) -> Vo
 def _last_act(connection: Connection, annotator: Annotator, project_id: str) -> tuple[EventType, Row | None]:
     kinds = {
         EventType.VOTE_UNDONE: (votes, votes.c.undone.is_(False)),
-        EventType.SKIP_UNDONE: (skips, skips.c.number > 0),
-        EventType.FLAG_CLEARED: (flags, flags.c.cleared.is_(False)),
+        EventType.SKIP_UNDONE: GIVEN_BACK[EventType.ITEM_SKIPPED],
+        EventType.FLAG_CLEARED: GIVEN_BACK[EventType.ITEM_FLAGGED],
     }
     last: tuple[EventType, Row | None] = (EventType.VOTE_UNDONE, None)
     for kind, (table, standing) in kinds.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import json
 import os
 import sys
 from enum import StrEnum
@@ -13,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from feedback.errors import FeedbackError, InputError
+from feedback.exporting import Export, text_of
 from feedback.records import Role, TaskKind
 
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from feedback.collection import Collection
     from feedback.formats.reading import Imported
     from feedback.records import Annotator, Project
     from feedback.store import Store
@@ -41,12 +40,12 @@ class Form(StrEnum):
     TRL = "trl"
 
 
-class Export(StrEnum):
-    """What `export` writes."""
+class Ties(StrEnum):
+    """What becomes of ties in rows; see RowRules."""
 
-    RECORDS = "records"
-    LABEL_STUDIO = "label-studio"
-    ARGILLA = "argilla"
+    KEEP = "keep"
+    DROP = "drop"
+    SOFTEN = "soften"
 
 
 STATE = Path(".rlhf") / "feedback"
@@ -209,21 +208,51 @@ def export_command(
     project_id: Annotated[str, typer.Argument(metavar="PROJECT")],
     file: Annotated[Path, typer.Argument(help="Is replaced, whole.")],
     form: Annotated[
-        Export, typer.Option("--format", help="records: everything, for `python -m feedback.snapshot` too.")
+        Export,
+        typer.Option(
+            "--format",
+            help="records: everything, for `python -m feedback.snapshot` too. rows: what training takes.",
+        ),
     ] = Export.RECORDS,
+    ties: Annotated[
+        Ties, typer.Option(help="Of rows: a tie as a row of its own, no row, or soft.")
+    ] = Ties.KEEP,
     database: Database = str(DATABASE),
 ) -> None:
     """Write a project with its votes to a file."""
     from feedback.files import write_whole
     from feedback.gathering import gather
     from feedback.records import EventType
+    from feedback.rows import RowRules
 
     store = _open(database)
     found = gather(store, project_id)
-    write_whole(file, _text(found, form))
+    write_whole(file, text_of(found, form, RowRules.model_validate({"ties": ties.value})))
     payload = {"project": project_id, "votes": len(found.votes), "to": str(file)}
     store.log("system", EventType.EXPORTED, payload)
     typer.echo(f"{file}: {len(found.items)} items, {len(found.votes)} votes")
+
+
+@app.command()
+def erase(
+    name: str,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    database: Database = str(DATABASE),
+) -> None:
+    """Delete a person's data for good: account, secret, votes and texts, from the log too."""
+    from feedback.accounts import erase_account, find_by_name
+
+    store = _open(database)
+    person = find_by_name(store, name)
+    if person is None:
+        raise InputError(f"there is nobody called {name!r}")
+    if not yes:
+        typer.confirm(f"delete all data of {name!r}, who is {person.role}? It cannot be undone", abort=True)
+    entries = erase_account(store, "system", person.id, "asked for")
+    typer.echo(
+        f"{name}: deleted; {entries} entries of the log were emptied. "
+        "Not reached from here: exports, snapshots, models and backups made before."
+    )
 
 
 @app.command()
@@ -313,21 +342,6 @@ def _read(file: Path, form: Form, project: Project, at: datetime) -> Imported:
             case Form.TRL:
                 return trl.read_rows(file, project)
         return Imported(items=items_of_file(file, project))
-    except ValueError as error:
-        raise InputError(str(error)) from None
-
-
-def _text(found: Collection, form: Export) -> str:
-    from feedback.formats import argilla, label_studio
-    from feedback.formats.jsonl import write_collection
-
-    try:
-        match form:
-            case Export.LABEL_STUDIO:
-                return json.dumps(label_studio.tasks(found), ensure_ascii=False, indent=1)
-            case Export.ARGILLA:
-                return json.dumps(argilla.records(found), ensure_ascii=False, indent=1)
-        return write_collection(found)
     except ValueError as error:
         raise InputError(str(error)) from None
 

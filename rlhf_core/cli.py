@@ -60,12 +60,12 @@ QUIET = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 
-# Modules of benchmarks/.
-BENCHMARKS = {
+BENCHMARKS = {  # modules of benchmarks/
     "generation": "speed",
     "growth": "growth",
     "peers": "peers",
     "serving": "serving",
+    "feedback": "load",
 }
 PARENT_DEATH_VARIABLE = "RLHF_DIE_WITH_PARENT"
 PR_SET_PDEATHSIG = 1
@@ -182,7 +182,7 @@ def up(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
 )
 def bench(context: typer.Context) -> None:
-    """Measure speed in this checkout: `bench generation`, `growth`, `serving` or `peers CASE ...`."""
+    """Measure speed in this checkout: `bench generation, growth, serving, feedback, or peers CASE ...`."""
     part, *options = context.args or ["--help"]
     if part not in BENCHMARKS:
         raise InputError(

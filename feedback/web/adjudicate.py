@@ -19,11 +19,12 @@ from feedback.records import (
     Ranking,
     Ratings,
     Record,
+    TaskKind,
 )
 from feedback.store import Store
 from feedback.web.annotate import shown_values
 from feedback.web.context import Adjudicator, Form, StoreOf, done, page, text_field
-from feedback.web.forms import read_value
+from feedback.web.forms import by_position, read_value
 
 router = APIRouter()
 STRENGTH = {1: "slightly better", 2: "better", 3: "much better"}
@@ -39,6 +40,7 @@ def next_dispute(request: Request, project_id: str, session: Adjudicator, store:
     dispute = next((one for one in queue if one.item == wished), queue[0])
     shown = _shown(store, collection, dispute.item, session.who)
     values = shown_values(shown) | {"turns": []}
+    counted = collection.counted().by_item.get(shown.item.id, ())
     return page(
         request,
         "adjudicate.html",
@@ -46,7 +48,8 @@ def next_dispute(request: Request, project_id: str, session: Adjudicator, store:
         **values,
         queue=queue,
         dispute=dispute,
-        votes=_opinions(collection, shown),
+        votes=[describe(vote.value, shown.sides) for vote in counted],
+        talks=_talks(store, shown, [vote.annotator for vote in counted]),
     )
 
 
@@ -67,10 +70,13 @@ def _shown(store: Store, collection: Collection, item_id: str, who: Annotator) -
     return Shown(collection.project, item, draw_sides(collection.project, item, who), turns)
 
 
-def _opinions(collection: Collection, shown: Shown) -> list[str]:
-    """The votes in words, by the letters of this page, without names."""
-    counted = collection.counted()
-    return [describe(vote.value, shown.sides) for vote in counted.by_item.get(shown.item.id, ())]
+def _talks(store: Store, shown: Shown, voters: list[str]) -> list[list[tuple[str, list[str]]]]:
+    """Of a chat what each voter and the two said, by the letters of this page and without names."""
+    if shown.item.kind is not TaskKind.CHAT:
+        return []
+    with store.read() as connection:
+        turns = [conversation(connection, shown.item.id, voter) for voter in voters]
+    return [[(turn.user, by_position(shown, turn.replies)) for turn in talk] for talk in turns]
 
 
 def describe(value: Record, sides: tuple[int, ...]) -> str:

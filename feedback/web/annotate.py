@@ -85,7 +85,10 @@ def flag(request: Request, project_id: str, session: Signed, store: StoreOf, for
 
 @router.post("/p/{project_id}/undo")
 def undo(request: Request, project_id: str, session: Signed, store: StoreOf, form: Form) -> Response:
-    assignment.undo(store, session.who, project_id)
+    act = text_field(form, "act")
+    if act and not (act.isascii() and act.isdecimal() and len(act) < 19):
+        raise InputError("the act to undo is not valid; load the page again")
+    assignment.undo(store, session.who, project_id, int(act) if act else None)
     return done(request, f"/p/{project_id}")
 
 

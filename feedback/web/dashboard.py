@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from scipy.stats import binomtest
-
-from feedback.agreement import DisagreementCost, agreement, disagreement_costs
+from feedback.agreement import Kappa, agreement, disagreement_costs, pairwise_kappa
 from feedback.annotators import gold_accuracy, position_bias, speed, suggest_exclusions
 from feedback.collection import Collection
 from feedback.consensus import adjudication_queue
@@ -61,8 +59,10 @@ def dashboard(store: Store, project_id: str) -> dict[str, Any]:
     }
 
 
-def minutes(cost: DisagreementCost) -> float:
-    return cost.extra_seconds / 60.0
+def kappas(collection: Collection) -> list[Kappa]:
+    """Of each two annotators with votes on the same items, the lowest first; those not defined last."""
+    found = pairwise_kappa(collection)
+    return sorted(found, key=lambda row: (math.isnan(row.kappa), row.kappa, row.first, row.second))
 
 
 def _people(collection: Collection, names: dict[str, str]) -> list[PersonRow]:
@@ -102,6 +102,10 @@ def _votes_plot(store: Store, collection: Collection):
 
 
 def _bias_plot(collection: Collection, names: dict[str, str]):
+    from scipy.stats import (
+        binomtest,
+    )  # takes half a second to load, which a start of the service need not wait
+
     rows = []
     for row in position_bias(collection):
         interval = binomtest(row.num_first, row.num_decisive).proportion_ci(0.95, method="exact")

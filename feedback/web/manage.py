@@ -21,7 +21,7 @@ from feedback.loading import chat_items, explain, items_of_file, make_project
 from feedback.projects import add_items, change_guidelines, create_project, get_project, list_projects
 from feedback.records import EventType, Item, Project, TaskKind
 from feedback.web.context import Form, Manager, StoreOf, done, page, settings_of, text_field
-from feedback.web.dashboard import dashboard
+from feedback.web.dashboard import dashboard, kappas
 from feedback.web.security import UPLOADS
 
 router = APIRouter()
@@ -58,6 +58,14 @@ def project_page(request: Request, project_id: str, session: Manager, store: Sto
     flagged, skipped = remarks(store, project_id)
     names = {person.id: person.name for person in list_annotators(store)}
     return page(request, "dashboard.html", session, **values, flagged=flagged, skipped=skipped, names=names)
+
+
+@router.get("/manage/p/{project_id}/pairs")
+def pairs_page(request: Request, project_id: str, session: Manager, store: StoreOf) -> Response:
+    """How far each two annotators agree; apart from the dashboard, since there may be very many."""
+    found = gather(store, project_id)
+    names = {person.id: person.name for person in found.annotators}
+    return page(request, "pairs.html", session, project=found.project, names=names, rows=kappas(found))
 
 
 @router.post("/manage/p/{project_id}/guidelines")

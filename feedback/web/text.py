@@ -16,7 +16,24 @@ def _markdown() -> MarkdownIt:
     """
     parser = MarkdownIt("js-default", {"html": False, "linkify": False, "breaks": True}).disable(["image"])
     parser.add_render_rule("link_open", _link)
+    for name in ("fence", "code_block"):
+        parser.add_render_rule(name, _scrolled(parser.renderer.rules[name]))
+    parser.add_render_rule("table_open", _table)
     return parser
+
+
+def _scrolled(rule):
+    """Wide code is moved sideways by the arrow keys of who has no mouse, so it can be focused."""
+
+    def render(_renderer, *arguments) -> str:
+        return rule(*arguments).replace("<pre>", '<pre tabindex="0">', 1)
+
+    return render
+
+
+def _table(renderer, tokens, index, options, env) -> str:
+    tokens[index].attrSet("tabindex", "0")
+    return renderer.renderToken(tokens, index, options, env)
 
 
 def _link(renderer, tokens, index, options, env) -> str:

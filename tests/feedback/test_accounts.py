@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sqlite3
+
 import pytest
 from sqlalchemy import select
 
 from feedback import accounts
 from feedback.errors import ConflictError, InputError
 from feedback.records import EventType, Role
+from feedback.store import Store
 from feedback.tables import credentials, sessions
 
 from .conftest import person
@@ -57,6 +60,21 @@ def test_a_session_ends_when_idle_too_old_or_signed_out(store, clock):
     token = begin()
     accounts.sign_out(store, token, ann)
     assert accounts.find_session(store, token) is None
+
+
+def test_who_only_reads_gets_on_while_nothing_can_be_written(tmp_path, clock):
+    store = Store(tmp_path / "locked.db", clock=clock, busy_seconds=0.1)
+    ann = person(store, "ann")
+    token = accounts.sign_in(store, "ann", "secret of ann")[1]
+    clock.pass_by(3600)
+    other = sqlite3.connect(tmp_path / "locked.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    assert accounts.find_session(store, token) == ann
+    other.execute("ROLLBACK")
+    other.close()
+    clock.pass_by(accounts.IDLE_SECONDS - 1800)  # that visit was not noted
+    assert accounts.find_session(store, token) is None
+    store.close()
 
 
 def test_who_is_made_inactive_is_out_at_once(store):

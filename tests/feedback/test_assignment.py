@@ -133,6 +133,29 @@ def test_undo_goes_back_through_votes_skips_and_flags_in_their_order(store):
     assert assignment.next_item(store, ann, "p").item.id == seen[0]
 
 
+def test_an_undo_or_a_reason_that_comes_twice_counts_once(store):
+    pairs(store, 4)
+    ann = person(store, "ann")
+    for key in ("k1", "k2"):
+        vote(store, ann, assignment.next_item(store, ann, "p"), key)
+    last = assignment.progress(store, ann, "p").last_act
+    assert assignment.undo(store, ann, "p", last) == "p-1"
+    assert assignment.undo(store, ann, "p", last) is None
+    assert [row.id for row in standing(store)] == ["k1"]
+    first = assignment.progress(store, ann, "p").last_act
+    for act in (assignment.skip_item, assignment.flag_item):
+        item = assignment.next_item(store, ann, "p").item.id
+        before = len(store.events())
+        for _ in range(2):
+            act(store, ann, item, "because")
+        assert len(store.events()) == before + 1
+        with pytest.raises(NotAllowedError):
+            act(store, ann, item, "another reason")
+    with pytest.raises(ConflictError, match="something else since"):
+        assignment.undo(store, ann, "p", first)
+    assert [row.id for row in standing(store)] == ["k1"]
+
+
 def test_a_flagged_item_waits_for_a_manager_and_a_skipped_one_goes_to_others(store):
     pairs(store, 2)
     ann, bob = person(store, "ann"), person(store, "bob")

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from feedback import cli
+from feedback.accounts import find_by_name
 from feedback.errors import ConflictError, InputError
 from feedback.formats.jsonl import read_collection
 from feedback.gathering import gather
@@ -70,6 +71,105 @@ def test_votes_go_out_and_come_back_in_the_forms_of_others(here, form):
     assert "0 items and 0 votes more" in run("import", "p", "p.json", "--format", form, "--database", other)
     came = sorted((vote.item, vote.value.choice) for vote in gather(Store(other), "p").votes)
     assert came == sorted((vote.item, vote.value.choice) for vote in gather(store, "p").votes)
+
+
+def vote_all(store, name, *values):
+    from feedback import assignment
+
+    who = person(store, name)
+    for number, value in enumerate(values):
+        shown = assignment.next_item(store, who, "p")
+        assignment.cast_vote(store, who, shown.item.id, f"{name}-{number}", value, 3.0)
+
+
+def exported(*arguments):
+    run("export", "p", "out.jsonl", *arguments)
+    with open("out.jsonl") as file:
+        return [json.loads(line) for line in file]
+
+
+def test_rows_hold_what_training_takes_by_hand(here):
+    from feedback.records import Choice
+
+    answers = [
+        {"text": "a", "policy": "sft@3", "decoding": {"temperature": 0.7}},
+        {"text": "b", "policy": "ppo@4", "decoding": {}},
+    ]
+    items = [{"prompt": f"q{n}", "responses": answers} for n in range(2)]
+    (here / "q.jsonl").write_text("".join(json.dumps(one) + "\n" for one in items))
+    overlap = ("--overlap-votes", "3", "--overlap-share", "1")
+    run("create-project", "p", "--kind", "pairwise", "--file", "q.jsonl", *overlap)
+    store, b, tie = Store(cli.DATABASE), Choice(choice="b", strength=3), Choice(choice="tie")
+    vote_all(store, "Ann", b, tie)
+    vote_all(store, "Bob", b, tie)
+    vote_all(store, "Cem", Choice(choice="a", strength=1), Choice(choice="a", strength=2))
+    by_prompt = {row["prompt"]: row for row in exported("--format", "rows", "--ties", "soften")}
+    first, second = by_prompt["q0"], by_prompt["q1"]
+    assert (first["chosen"], first["rejected"]) == ("b", "a")
+    assert first["margin"] == round((3 + 3 - 1) / 3, 6)
+    assert first["probability"] == round(2 / 3, 6)
+    assert first["votes"] == {"chosen": 2, "rejected": 1, "tie": 0, "bad": 0}
+    assert first["policies"] == {"chosen": "ppo@4", "rejected": "sft@3"}
+    assert first["decoding"] == {"chosen": {}, "rejected": {"temperature": 0.7}}
+    assert len(first["annotators"]) == 3
+    assert (second["chosen"], second["probability"]) == ("a", round((1 + 0.5 + 0.5) / 3, 6))
+    assert [row["prompt"] for row in exported("--format", "rows", "--ties", "drop")] == ["q0"]
+    (plain,) = exported("--format", "trl")
+    assert plain == {
+        "prompt": [{"role": "user", "content": "q0"}],
+        "chosen": [{"role": "assistant", "content": "b"}],
+        "rejected": [{"role": "assistant", "content": "a"}],
+        "margin": round(5 / 3, 6),
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "row", "trl"),
+    [
+        ("label", {"kind": "label", "good": False}, {"label": False}, {"label": False}),
+        ("critique", {"kind": "critique", "text": "cold"}, {"critique": "cold"}, None),
+        (
+            "correction",
+            {"kind": "correction", "text": "Hello!"},
+            {"response": "Hello!"},
+            {"completion": [{"role": "assistant", "content": "Hello!"}]},
+        ),
+    ],
+)
+def test_each_kind_goes_out_as_the_rows_that_it_gives(here, kind, value, row, trl):
+    from pydantic import TypeAdapter
+
+    from feedback.records import Value
+
+    (here / "q.jsonl").write_text(json.dumps({"prompt": "Hi?", "responses": ["k"]}))
+    run("create-project", "p", "--kind", kind, "--file", "q.jsonl")
+    vote_all(Store(cli.DATABASE), "Ann", TypeAdapter(Value).validate_python(value))
+    (found,) = exported("--format", "rows")
+    assert row.items() <= found.items()
+    if trl is None:
+        with pytest.raises(InputError, match="no form for critiques"):
+            exported("--format", "trl")
+    else:
+        (found,) = exported("--format", "trl")
+        assert trl.items() <= found.items()
+
+
+def test_a_person_is_erased_by_name_after_a_question(here):
+    run("create-project", "p", "--kind", "pairwise", "--file", rows(here / "q.jsonl"))
+    run("add-annotator", "Ann")
+    run("add-annotator", "Boss", "--role", "manager")
+    with pytest.raises(InputError, match="nobody called 'Anne'"):
+        run("erase", "Anne", "--yes")
+    refused = CliRunner().invoke(cli.app, ["erase", "Ann"], input="n\n")
+    assert refused.exit_code == 1
+    store = Store(cli.DATABASE)
+    assert find_by_name(store, "Ann") is not None
+    assert "Ann: deleted; 1 entries" in run("erase", "Ann", "--yes")
+    assert find_by_name(store, "Ann") is None
+    with pytest.raises(ConflictError, match="only active manager"):
+        run("erase", "Boss", "--yes")
+    events = len(store.events())
+    assert run("rebuild") == f"{events} events\n"
 
 
 def test_errors_name_file_line_and_rule(here):

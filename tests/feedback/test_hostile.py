@@ -100,6 +100,7 @@ def test_strangers_see_the_sign_in_alone(app, store):
         "/manage",
         "/manage/p/p",
         "/manage/p/p/votes.jsonl",
+        "/manage/p/p/pairs",
         "/manage/log",
         "/adjudicate/p",
     ):
@@ -233,6 +234,15 @@ def test_fields_that_no_page_sends_are_refused(store, visitor, fields):
     ann = visitor()
     assert ann.script("/p/p/vote", ann.fields("/p/p") | fields).status_code == 422
     assert not store.views()["votes"]
+
+
+@pytest.mark.parametrize("act", ["x", "-1", "1e3", "²", "9" * 30])
+def test_an_undo_of_no_act_is_refused(store, visitor, act):
+    pairs(store, 2)
+    ann = visitor()
+    ann.vote(choice="tie")
+    assert ann.script("/p/p/undo", {"csrf": ann.csrf, "act": act}).status_code == 422
+    assert len(store.views()["votes"]) == 1
 
 
 @pytest.mark.parametrize("seconds", ["nan", "inf", "-5", "1e400", "abc"])

@@ -247,6 +247,46 @@ def test_an_adjudicator_decides_what_is_disputed(store, visitor):
     assert len(gather(store, "p").decisions) == 1
 
 
+def test_an_adjudicator_reads_every_conversation_of_a_disputed_chat(store, visitor):
+    project = Project(id="c", name="C", kind="chat", overlap_votes=2, overlap_share=1.0)
+    row = Item(id="c-1", project="c", kind="chat", responses=[{"policy": "x"}, {"policy": "y"}])
+    create_project(store, "system", project, [row])
+    for name, choice in (("ann", "x"), ("bob", "y")):
+        who = visitor(name)
+        who.http.post("/p/c/turn", data=who.fields("/p/c", "turn") | {"text": f"{name.upper()} ASKS"})
+        first = who.get("/p/c").text
+        x_is_first = first.index("Left out: ") < first.index("Put in: ")
+        who.vote("c", choice="0:3" if x_is_first == (choice == "x") else "1:3")
+    judge = visitor("judge", Role.ADJUDICATOR)
+    page = judge.get("/adjudicate/c").text
+    x_is_a = page.index("Left out: ANN ASKS") < page.index("Put in: ANN ASKS")
+    assert x_is_a == (page.index("Left out: BOB ASKS") < page.index("Put in: BOB ASKS"))
+    one, two = page.index("Conversation 1: "), page.index("Conversation 2: ")
+    says = {name: "A" if x_is_a == (name == "ANN") else "B" for name in ("ANN", "BOB")}
+    for name in ("ANN", "BOB"):
+        part = page[one:two] if one < page.index(f"{name} ASKS") < two else page[two:]
+        assert f": {says[name]} much better" in part[:40]
+    assert "bob" not in page
+    judge.script("/adjudicate/c", judge.fields("/adjudicate/c") | {"choice": "0:1"})
+    assert gather(store, "c").decisions[0].value.choice == ("a" if x_is_a else "b")
+
+
+def test_a_manager_sees_how_far_each_two_agree(store, visitor):
+    pairs(store, 4, overlap_votes=2, overlap_share=1.0)
+    boss = visitor("boss", Role.MANAGER)
+    assert "No two people" in boss.get("/manage/p/p/pairs").text
+    for name, answers in (("ann", "abab"), ("bob", "abbb")):
+        who = person(store, name)
+        for number, answer in enumerate(answers):
+            shown = assignment.next_item(store, who, "p")
+            value = Choice(choice=answer, strength=1)
+            assignment.cast_vote(store, who, shown.item.id, f"{name}{number}", value, 1.0)
+    page = boss.get("/manage/p/p/pairs").text
+    # a b a b against a b b b: 3 of 4 the same; by chance 1/2 * 1/4 + 1/2 * 3/4 = 1/2; kappa = 1/2.
+    assert "<td>choice</td><td>0.50</td><td>75 %</td><td>4</td>" in page
+    assert visitor("cem").get("/manage/p/p/pairs").status_code == 403
+
+
 def test_people_are_added_left_out_blocked_and_erased(store, visitor):
     boss = visitor("boss", Role.MANAGER)
     added = boss.http.post(

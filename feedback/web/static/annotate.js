@@ -43,12 +43,20 @@ function dropDraft() {
   try { localStorage.removeItem(draftName); } catch { /* as above */ }
 }
 
+// What was sent stays for a day under a new key: who takes a vote back finds the answer and changes it.
+function keepSent() {
+  draft.key = newKey();
+  draft.seconds = 0;
+  draft.sent = true;
+  saveDraft();
+}
+
 function dropOldDrafts() {
   try {
     for (const name of Object.keys(localStorage)) {
       if (!name.startsWith("rlhf-draft/")) continue;
-      const at = JSON.parse(localStorage.getItem(name)).at || 0;
-      if (Date.now() - at > KEPT_DAYS * 86400e3) localStorage.removeItem(name);
+      const { at = 0, sent = false } = JSON.parse(localStorage.getItem(name));
+      if (Date.now() - at > (sent ? 1 : KEPT_DAYS) * 86400e3) localStorage.removeItem(name);
     }
   } catch { /* as above */ }
 }
@@ -160,7 +168,7 @@ function sendVote() {
   if (vote.elements.seconds) vote.elements.seconds.value = elapsed().toFixed(2);
   saveDraft();
   say("Sending …");
-  send(vote, dropDraft);
+  send(vote, keepSent);
 }
 
 function sendTurn() {
@@ -170,7 +178,17 @@ function sendTurn() {
   send(turn, () => { draft.turn = ""; turn.elements.text.value = ""; draft.turnKey = newKey(); saveDraft(); });
 }
 
+// Skips, flags and undos too: a reason is not lost with the connection, and none of them counts twice.
+function sendTool(form) {
+  if (!form.reportValidity()) return;
+  say("Sending …");
+  send(form, form.id === "undo" ? () => {} : dropDraft);
+}
+
 vote.addEventListener("submit", (event) => { event.preventDefault(); sendVote(); });
+for (const form of document.querySelectorAll(".tools form")) {
+  form.addEventListener("submit", (event) => { event.preventDefault(); sendTool(form); });
+}
 if (turn) turn.addEventListener("submit", (event) => { event.preventDefault(); sendTurn(); });
 for (const form of [vote, turn]) if (form) form.addEventListener("input", () => { mark(); saveDraft(); });
 
@@ -363,7 +381,8 @@ document.addEventListener("keydown", (event) => {
   const target = event.target;
   if (event.key === "Enter" && event.ctrlKey) {
     event.preventDefault();
-    if (turn && turn.contains(target)) sendTurn(); else sendVote();
+    const tool = target.closest(".tools form");
+    if (turn && turn.contains(target)) sendTurn(); else if (tool) sendTool(tool); else sendVote();
     return;
   }
   if (event.ctrlKey || event.altKey || event.metaKey || event.isComposing) return;
