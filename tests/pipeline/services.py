@@ -1,4 +1,4 @@
-"""`rlhf up` in a checkout as a test drives it, and what stands of a run on its machine: processes, worktree."""
+"""`rlhf up` in a checkout as a test drives it, and a run as its machine shows it: processes, worktree."""
 
 from __future__ import annotations
 

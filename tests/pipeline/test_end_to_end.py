@@ -1,7 +1,7 @@
 """From the form to a live policy on one `rlhf up`: real servers, a real worker, the smoke profile.
 
-Two runs at once, one cancelled, one killed in four ways and taken up again; promotion by a person, a second one
-that comes too late, and the way back. Only what the pages can do is done, through the API that they use.
+Two runs at once, one cancelled, one killed in four ways and taken up again; promotion by a person, a second
+one that comes too late, and the way back. Only what the pages can do is done, through the API that they use.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import re
+import subprocess
 import urllib.error
 
 import pytest
@@ -276,8 +277,9 @@ def it_meets_the_champion_and_takes_its_place(services: Services, weak: str, str
     known = tuple(one["id"] for one in prefect.post("flow_runs/filter", wanted))
     prefect.start("promote", version=strong)
     again = waiting_promotion(services, strong, f"champion {weak}", known)
-    assert answer(services, again, decision="approve", name="Bob", reason="beats it") == "ACCEPT"
-    assert prefect.follow(again, 240) == "COMPLETED"
+    done = shell(services, "rlhf", "approve", "--name", "Bob", "--reason", "beats it")
+    assert f"version {strong} is the champion, in place of version {weak}" in done.stdout, done.stderr
+    assert prefect.follow(again, 240) == "COMPLETED"  # what waited for the form ends too
     assert aliases(services) == {"candidate": strong, "champion": strong, "previous": weak}
 
 
@@ -287,10 +289,11 @@ def and_is_rolled_back(services: Services, weak: str, strong: str) -> None:
     assert aliases(services) == {"candidate": strong, "champion": weak}
     tags = MlflowClient(services.mlflow).get_model_version("rlhf-policy", strong).tags
     assert (tags["rollback.by"], tags["rollback.reason"]) == ("Ann", "complaints")
-    nothing = run(
-        ["rlhf", "rollback", "--name", "Ann", "--reason", "x"],
-        services.checkout,
-        MLFLOW_TRACKING_URI=services.mlflow,
-    )
+    nothing = shell(services, "rlhf", "rollback", "--name", "Ann", "--reason", "x")
     assert nothing.returncode == 2
     assert "there is no champion before" in nothing.stderr
+
+
+def shell(services: Services, *command: str) -> subprocess.CompletedProcess[str]:
+    """A command in the checkout, told where MLflow's server is."""
+    return run(list(command), services.checkout, MLFLOW_TRACKING_URI=services.mlflow)
