@@ -9,7 +9,7 @@ from rlhf_core.config import load_params
 from rlhf_core.mlflow_writer import open_client, registered_model_dir
 from rlhf_core.stages import STAGES
 
-from .checkouts import commit, make_checkout, run
+from .checkouts import clone_with_cache, commit, make_checkout, run
 
 QUESTION = {"messages": [{"role": "user", "content": "how are you?"}], "max_tokens": 8, "seed": 3}
 
@@ -108,9 +108,10 @@ def test_second_run_takes_everything_from_the_cache_and_registers_nothing_new(fi
     assert [v.version for v in versions] == [1] or [str(v.version) for v in versions] == ["1"]
 
 
-def test_data_that_fails_a_critical_expectation_stops_before_any_training(root, tmp_path):
-    checkout = make_checkout(root, tmp_path)
-    done = run(["rlhf", "run", "--profile", "smoke", "-S", "validate.max_prompt_tokens=3"], checkout)
+def test_data_that_fails_a_critical_expectation_stops_before_any_training(finished, tmp_path):
+    commit(finished[0], "keep the run")
+    checkout = clone_with_cache(finished[0], tmp_path / "rlhf")
+    done = run(["rlhf", "run", "-S", "validate.max_prompt_tokens=3"], checkout)
     assert done.returncode == 3 or done.returncode == 1
     assert "not fit to train on" in done.stderr
     assert "package:chitchat:" in done.stderr
