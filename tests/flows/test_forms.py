@@ -46,6 +46,8 @@ def test_no_field_has_a_type_switcher_and_each_has_title_help_and_no_default(sch
     for name in forms.GROUPS:
         assert schema["properties"][name]["default"] == {}
         assert schema["properties"][name]["title"][0].isupper()
+    for parameter in schema["properties"].values():
+        assert parameter["description"][0].isupper()
 
 
 def test_each_field_has_the_type_bounds_and_choices_of_its_key(schema):

@@ -130,7 +130,7 @@ def test_without_git_there_is_one_clear_error(root, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_experiment_changes_one_stage_and_the_checkout_stays(finished):
+def test_experiment_changes_one_stage_and_the_checkout_stays(finished, tmp_path):
     checkout, _ = finished
     commit(checkout, "the run")
     before = (checkout / "params.yaml").read_text()
@@ -143,3 +143,8 @@ def test_experiment_changes_one_stage_and_the_checkout_stays(finished):
     changes = json.loads(shown.stdout)
     assert changes["reports/evaluate/metrics.json"]["eval/num_prompts"]["new"] == 16
     assert "reports/ppo/metrics.json" not in changes
+    listed = run(["dvc", "exp", "show", "--csv", "--drop", ".*", "--keep", ".*num_prompts"], checkout)
+    assert any(",fewer," in line and ",16" in line for line in listed.stdout.splitlines()), listed.stdout
+    drawn = run(["dvc", "plots", "diff", "HEAD", "fewer", "-o", str(tmp_path)], checkout)
+    assert drawn.returncode == 0, drawn.stderr
+    assert '"rev": "fewer"' in (tmp_path / "index.html").read_text()
