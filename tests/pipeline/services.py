@@ -31,8 +31,12 @@ class Services:
 
     def start(self) -> None:
         self.up = start(["rlhf", "up"], self.checkout, self.log, **self._ports)
-        wait_for(lambda: self.up.poll() is not None or "Ctrl-C stops" in self.log.read_text(), 240)
-        assert self.up.poll() is None, self.log.read_text()
+        try:
+            wait_for(lambda: self.up.poll() is not None or "Ctrl-C stops" in self.log.read_text(), 240)
+            assert self.up.poll() is None, self.log.read_text()
+        except AssertionError:
+            self.lose_power()
+            raise
         self.url, self.mlflow, self.feedback = re.findall(
             r"^\w+ +(http://127\.0\.0\.1:\d+)", self.log.read_text(), re.M
         )

@@ -75,8 +75,8 @@ def what_breaks_a_rule_is_refused(services: Services) -> None:
 def two_runs_at_once(services: Services) -> tuple[RunHere, RunHere]:
     """One that learns a little, and one that learns more and takes long."""
     prefect, checkout = services.prefect, services.checkout
-    little = {"ppo": {"kl_coef": 0.3, "num_updates": 4}, "reward": {}}
-    more = {"ppo": {"kl_coef": 0.01, "num_updates": 14}, "overrides": LONG_SFT}
+    little = {"ppo": {"kl_coef": 0.06, "num_updates": 5}, "reward": {}}
+    more = {"ppo": {"kl_coef": 0.04, "num_updates": 12}, "overrides": LONG_SFT}
     runs = [RunHere(checkout, prefect.start("train", **typed)) for typed in (little, more)]
     wait_for(lambda: all(one.processes() for one in runs), 300)
     assert [prefect.state(one.id) for one in runs] == ["RUNNING"] * 2
@@ -115,7 +115,7 @@ def everything_is_seen(services: Services, one: RunHere) -> None:
     """Tasks, artifacts and links of a run that has ended, and what its branch keeps."""
     prefect, checkout = services.prefect, services.checkout
     values = one.committed("params.yaml")["ppo"]
-    assert (values["kl_coef"], values["num_updates"]) == (0.3, 4)
+    assert (values["kl_coef"], values["num_updates"]) == (0.06, 5)
     assert (checkout / "params.yaml").read_text() == run(["git", "show", "HEAD:params.yaml"], checkout).stdout
     assert set(STAGES) <= set(prefect.tasks(one.id))
     assert one.worktree is None
@@ -185,7 +185,7 @@ def worker_and_machine_are_killed(services: Services, one: RunHere) -> None:
     assert "didn't change, skipping" in one.log("sft")  # done before, not again
     begun, second, third = one.first_steps("ppo")
     assert begun == 0 < second < third
-    assert one.committed("reports/ppo/metrics.json")["ppo/num_updates"] == 14
+    assert one.committed("reports/ppo/metrics.json")["ppo/num_updates"] == 12
     assert one.worktree is None
 
 
@@ -196,10 +196,10 @@ def runs_are_listed_and_compared(services: Services, weak: RunHere, strong: RunH
     assert listed.count("stopped") == 1  # the cancelled one
     compared = run(["rlhf", "runs", "compare", *names], services.checkout, COLUMNS="200")
     assert compared.returncode == 0, compared.stderr
-    assert re.search(r"ppo\.kl_coef +0\.3 +0\.01", compared.stdout)
+    assert re.search(r"ppo\.kl_coef +0\.06 +0\.04", compared.stdout)
     shown = run(["dvc", "metrics", "diff", *(f"runs/{n}" for n in names), "--json"], services.checkout)
     change = json.loads(shown.stdout)["reports/ppo/metrics.json"]["ppo/num_updates"]
-    assert (change["old"], change["new"]) == (4, 14)
+    assert (change["old"], change["new"]) == (5, 12)
 
 
 def versions_of(services: Services, *runs: RunHere) -> list[str]:
