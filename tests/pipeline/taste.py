@@ -7,9 +7,9 @@ def short(prompts, responses):
 def few_words(prompts, responses):
     return [-len(text.split()) for text in responses]
 """
-# PPO learns to be short, and the judge likes few words. The bounds of the guard-rails are left wide, and the gate
-# asks for less than by default, so that a policy that has learnt a little passes it, and one that has learnt more
-# passes it against that one. What it lets through by chance is the matter of tests/promotion.
+# PPO learns to be short, and the judge likes few words. The bounds of the guard-rails are left wide, and the
+# gate asks for less than by default, so that a policy that has learnt a little passes it, and one that has
+# learnt more passes it against that one. What it lets through by chance is the matter of tests/promotion.
 LEARN = {
     "ppo.reward_function": "taste:short",
     "ppo.learning_rate": 0.004,
