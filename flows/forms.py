@@ -213,6 +213,8 @@ def for_reader(schema: dict[str, Any], params: Params) -> dict[str, Any]:
     values = dict(flatten(params.model_dump(mode="json", by_alias=True)))
     for name, parameter in schema["properties"].items():
         parameter["title"] = TITLES.get(name, name.capitalize().replace("_", " "))
+        said = parameter.get("description", "")  # from the docstring of the flow, where it goes on in a line
+        parameter["description"] = said[:1].upper() + said[1:]
     for section, group in GROUPS.items():
         for key, field in schema["definitions"][group.__name__]["properties"].items():
             held = values[f"{section}.{key}"]

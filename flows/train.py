@@ -162,6 +162,8 @@ def run_stages(root: Path, params: Params, place: worktrees.RunPlace | None = No
                 retries=params.flow.stage_retries, retry_delay_seconds=RETRY_SECONDS
             )
             retried(root, stage, parent, place.kept if place else None)
+        if place:  # first, so that what is registered names the commit with its parameters and dvc.lock
+            worktrees.record(place, f"Run {place.run_id}")
         return register(root, parent)
 
 

@@ -100,7 +100,7 @@ def run_place(home: Path, run_id: str, revision: str) -> Iterator[RunPlace]:
             state = "failed" if isinstance(error, Exception) else "stopped"
             note(place, state=state, reason=str(error)[:500])
             raise
-        record(place, f"Run {run_id}")
+        record(place, f"Run {run_id}", even_empty=False)
         note(place, state="finished", ended=_now())
 
 
@@ -194,10 +194,12 @@ def push(place: RunPlace) -> bool:
     return True
 
 
-def record(place: RunPlace, message: str) -> None:
-    """Commit parameters, lock file and reports on the run's branch."""
+def record(place: RunPlace, message: str, *, even_empty: bool = True) -> None:
+    """Commit parameters, lock file and reports on the run's branch; without `even_empty` only a change."""
     present = [name for name in RECORDED if (place.root / name).exists()]
     git(place.root, "add", "--", *present)
+    if not even_empty and not git(place.root, "diff", "--cached", "--name-only"):
+        return
     identity = () if git(place.root, "config", "--default", "", "user.email") else NOBODY
     git(place.root, *identity, "commit", "-q", "--no-verify", "--allow-empty", "-m", message)
 

@@ -6,7 +6,7 @@ import json
 from typing import get_args, get_origin
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.schema_tools.validation import validate
@@ -46,6 +46,8 @@ def test_no_field_has_a_type_switcher_and_each_has_title_help_and_no_default(sch
     for name in forms.GROUPS:
         assert schema["properties"][name]["default"] == {}
         assert schema["properties"][name]["title"][0].isupper()
+    for parameter in schema["properties"].values():
+        assert parameter["description"][0].isupper()
 
 
 def test_each_field_has_the_type_bounds_and_choices_of_its_key(schema):
@@ -96,6 +98,7 @@ def _is_number(text):
     return True
 
 
+@settings(deadline=None)  # a loaded machine is slow now and then
 @given(st.data())
 def test_what_is_typed_arrives_unchanged(data):
     typed = {}

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import importlib
+import importlib.util
 import json
 import re
+import sys
+import uuid
 from pathlib import Path
 
 import jsonschema
@@ -136,3 +141,48 @@ def test_a_server_takes_the_template_and_a_deployment_in_its_pool(root, server, 
         assert deployment.work_pool_name == pool.name
         assert client.read_work_pool(pool.name).base_job_template == template(root, kind)
         assert yaml.safe_dump(deployment.pull_steps).count(str(root)) == 1
+
+
+@pytest.fixture
+def workers(monkeypatch):
+    """The packages of the two workers, which `make test` installs apart."""
+    apart = Path(sys.prefix) / "workers"
+    if not apart.is_dir() and importlib.util.find_spec("prefect_docker") is None:
+        pytest.skip("the packages of the Docker and Kubernetes workers are not installed")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(apart)])
+
+
+def filled(root, kind, **values):
+    """The job that a worker makes of the template for a flow run, by the worker's own class."""
+    from prefect.client.schemas.objects import FlowRun
+
+    module = importlib.import_module(f"{KINDS[kind].replace('-', '_')}.worker")
+    configuration = getattr(module, f"{kind.capitalize()}WorkerJobConfiguration")
+    given = {"command": "prefect flow-run execute", **values}
+    job = asyncio.run(configuration.from_template_and_values(template(root, kind), given))
+    job.prepare_for_flow_run(FlowRun(id=uuid.uuid4(), flow_id=uuid.uuid4(), name="a run"))
+    return job
+
+
+def test_the_docker_worker_fills_the_template(root, server, workers):
+    job = filled(root, "docker", env={"WHO": "ann"})
+    assert (job.image, job.volumes) == ("rlhf:latest", ["/srv/rlhf:/srv/rlhf"])
+    assert (job.image_pull_policy, job.auto_remove, job.privileged) == ("IfNotPresent", True, False)
+    assert job.env["WHO"] == "ann"
+    assert "PREFECT__FLOW_RUN_ID" in job.env
+    with pytest.raises(ValueError, match="volumes"):
+        filled(root, "docker", volumes=["no colon"])
+
+
+def test_the_kubernetes_worker_fills_the_template(root, server, workers):
+    job = filled(root, "kubernetes", gpus=2)
+    (container,) = job.job_manifest["spec"]["template"]["spec"]["containers"]
+    assert container["args"] == ["prefect", "flow-run", "execute"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 2
+    assert "PREFECT__FLOW_RUN_ID" in {entry["name"] for entry in container["env"]}
+    assert job.job_manifest["metadata"]["namespace"] == job.namespace == "rlhf"
+    broken = template(root, "kubernetes")
+    del broken["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]["containers"]
+    configuration = sys.modules["prefect_kubernetes.worker"].KubernetesWorkerJobConfiguration
+    with pytest.raises(ValueError, match="missing required attributes"):
+        asyncio.run(configuration.from_template_and_values(broken, {}))

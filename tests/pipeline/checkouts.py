@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 
 def environment(checkout: Path, **more: str) -> dict[str, str]:
     """The checkout's own code, and no setting of whoever runs the tests."""
@@ -56,6 +58,21 @@ def make_checkout(root: Path, target: Path) -> Path:
             shutil.copy(root / name, target / name)
     run(["git", "init", "-q"], target)
     commit(target, "start")
+    return target
+
+
+def clone_with_cache(checkout: Path, target: Path, missing: tuple[str, ...] = ()) -> Path:
+    """A clone on a DVC cache of its own, which lacks what the stages in `missing` have made.
+
+    Stages before those come from the cache, and none from what DVC remembers of runs.
+    """
+    done = run(["git", "clone", "-q", str(checkout), str(target)], checkout)
+    assert done.returncode == 0, done.stderr
+    cache = target / ".dvc" / "cache"
+    shutil.copytree(checkout / ".dvc" / "cache" / "files", cache / "files", copy_function=os.link)
+    lock = yaml.safe_load((target / "dvc.lock").read_text())["stages"]
+    for out in (out for stage in missing for out in lock[stage]["outs"]):
+        (cache / "files" / "md5" / out["md5"][:2] / out["md5"][2:]).unlink(missing_ok=True)
     return target
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import yaml
 
@@ -68,6 +70,8 @@ def test_two_runs_at_once_have_a_place_each_and_a_third_takes_over(home, tmp_pat
     assert list(worktrees.iterdir()) == []
     assert len(run(["git", "worktree", "list"], home).stdout.splitlines()) == 1
 
+    dvc_compares_the_branches(home, by_price, tmp_path)
+
     third = run(["rlhf", "run", "--isolated", "-S", "ppo.kl_coef=0.07"], home)
     assert third.returncode == 0, third.stderr[-3000:]
     (new,) = set(branches(home)) - set(by_price.values())
@@ -88,3 +92,16 @@ def test_two_runs_at_once_have_a_place_each_and_a_third_takes_over(home, tmp_pat
     assert pulled.returncode == 0, pulled.stderr
     assert (clone / "models" / "policy" / "model.safetensors").is_file()
     assert "up to date" in run(["dvc", "repro"], clone).stdout
+
+
+def dvc_compares_the_branches(home, by_price, tmp_path):
+    """DVC's own commands see runs as what they are: commits."""
+    pair = [by_price[0.07], by_price[0.3]]
+    shown = run(["dvc", "metrics", "diff", *pair, "--json"], home)
+    assert "eval/kl" in json.loads(shown.stdout)["reports/evaluate/metrics.json"]
+    drawn = run(["dvc", "plots", "diff", *pair, "-o", str(tmp_path / "plots")], home)
+    assert drawn.returncode == 0, drawn.stderr
+    page = (tmp_path / "plots" / "index.html").read_text()
+    assert all(f'"rev": "{branch}"' in page for branch in pair)
+    listed = run(["dvc", "exp", "show", "-a", "--csv"], home)
+    assert all(branch in listed.stdout for branch in pair), listed.stdout

@@ -9,7 +9,7 @@ from rlhf_core.config import load_params
 from rlhf_core.mlflow_writer import open_client, registered_model_dir
 from rlhf_core.stages import STAGES
 
-from .checkouts import commit, make_checkout, run
+from .checkouts import clone_with_cache, commit, make_checkout, run
 
 QUESTION = {"messages": [{"role": "user", "content": "how are you?"}], "max_tokens": 8, "seed": 3}
 
@@ -108,9 +108,10 @@ def test_second_run_takes_everything_from_the_cache_and_registers_nothing_new(fi
     assert [v.version for v in versions] == [1] or [str(v.version) for v in versions] == ["1"]
 
 
-def test_data_that_fails_a_critical_expectation_stops_before_any_training(root, tmp_path):
-    checkout = make_checkout(root, tmp_path)
-    done = run(["rlhf", "run", "--profile", "smoke", "-S", "validate.max_prompt_tokens=3"], checkout)
+def test_data_that_fails_a_critical_expectation_stops_before_any_training(finished, tmp_path):
+    commit(finished[0], "keep the run")
+    checkout = clone_with_cache(finished[0], tmp_path / "rlhf")
+    done = run(["rlhf", "run", "-S", "validate.max_prompt_tokens=3"], checkout)
     assert done.returncode == 3 or done.returncode == 1
     assert "not fit to train on" in done.stderr
     assert "package:chitchat:" in done.stderr
@@ -129,7 +130,7 @@ def test_without_git_there_is_one_clear_error(root, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_experiment_changes_one_stage_and_the_checkout_stays(finished):
+def test_experiment_changes_one_stage_and_the_checkout_stays(finished, tmp_path):
     checkout, _ = finished
     commit(checkout, "the run")
     before = (checkout / "params.yaml").read_text()
@@ -142,3 +143,8 @@ def test_experiment_changes_one_stage_and_the_checkout_stays(finished):
     changes = json.loads(shown.stdout)
     assert changes["reports/evaluate/metrics.json"]["eval/num_prompts"]["new"] == 16
     assert "reports/ppo/metrics.json" not in changes
+    listed = run(["dvc", "exp", "show", "--csv", "--drop", ".*", "--keep", ".*num_prompts"], checkout)
+    assert any(",fewer," in line and ",16" in line for line in listed.stdout.splitlines()), listed.stdout
+    drawn = run(["dvc", "plots", "diff", "HEAD", "fewer", "-o", str(tmp_path)], checkout)
+    assert drawn.returncode == 0, drawn.stderr
+    assert '"rev": "fewer"' in (tmp_path / "index.html").read_text()

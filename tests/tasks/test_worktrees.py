@@ -55,6 +55,20 @@ def test_a_run_starts_from_the_last_commit_with_the_parameters_as_they_lie(home)
     assert worktrees.read_note(home, "r1")["state"] == "finished"
 
 
+def test_a_run_that_has_recorded_all_it_made_ends_on_that_commit(home):
+    """Else what was registered in between would name a commit that is not the end of the branch."""
+    with worktrees.run_place(home, "r1", "") as place:
+        (place.root / "dvc.lock").write_text("lock")
+        worktrees.record(place, "Run r1")
+        reached = command(place.root, "git", "rev-parse", "HEAD")
+    assert command(home, "git", "rev-parse", "runs/r1") == reached
+    assert command(home, "git", "show", f"{reached}:dvc.lock") == "lock"
+    with worktrees.run_place(home, "r2", "") as place:
+        worktrees.record(place, "Run r2")
+        (place.root / "dvc.lock").write_text("more")
+    assert command(home, "git", "show", "runs/r2:dvc.lock") == "more"
+
+
 def test_a_named_revision_is_taken_whole(home):
     (home / "params.yaml").write_text("not committed")
     with worktrees.run_place(home, "r1", "HEAD~1") as place:
