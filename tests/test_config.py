@@ -72,6 +72,10 @@ def change(tree, key, value):
         ("ppo.kl_in", "loss", r"ppo.kl_estimator \(k1\) must be k2 or k3 where ppo.kl_in is loss"),
         ("ppo.dual_clip", 1.1, r"ppo.dual_clip \(1.1\) must be 0, or above 1 \+ ppo.cliprange_high \(0.2\)"),
         ("ppo.reward_function", "no colon", "ppo.reward_function = 'no colon'"),
+        ("ppo.start", "policy", "ppo.start = 'policy': Input should be 'sft' or 'champion'"),
+        ("retrain.min_votes", 0, "retrain.min_votes = 0: Input should be greater than 0"),
+        ("retrain.license", " ", "retrain.license = ' ': String should match pattern"),
+        ("retrain.agreement_share", 1.5, "retrain.agreement_share = 1.5: Input should be less than"),
         ("run.seed", -1, "run.seed = -1: Input should be greater than or equal to 0"),
         ("ppo.learning_rate", float("nan"), "ppo.learning_rate = nan: Input should be"),
         ("sft.num_epochs", "many", "sft.num_epochs = 'many': Input should be a valid integer"),
@@ -81,6 +85,14 @@ def test_fault_names_key_value_and_rule(tree, key, value, message):
     change(tree, key, value)
     with pytest.raises(InputError, match=message):
         parse_params(tree, "params.yaml")
+
+
+def test_votes_that_would_all_weigh_nothing_are_refused(tree):
+    tree["retrain"] |= {"new_weight": 0.0, "old_weight": 0.0}
+    with pytest.raises(InputError, match=r"retrain.new_weight \(0.0\) and .* must not both be 0"):
+        parse_params(tree, "params.yaml")
+    tree["retrain"]["labels"] = "ai"
+    assert parse_params(tree, "params.yaml").retrain.labels == "ai"
 
 
 def test_unknown_and_missing_keys_are_refused(tree):

@@ -22,6 +22,7 @@ NOT_IN_RESULTS = {
     "rlhf_core.config.file",
     "rlhf_core.config.parts",
     "rlhf_core.config.promotion",
+    "rlhf_core.config.retrain",
     "rlhf_core.config.sections",
     "rlhf_core.errors",
     "rlhf_core.layout",

@@ -13,6 +13,7 @@ from rlhf_core.config.file import (
 )
 from rlhf_core.config.parts import SamplingConfig
 from rlhf_core.config.promotion import PromotionConfig
+from rlhf_core.config.retrain import RetrainConfig
 from rlhf_core.config.sections import (
     SCRATCH_CONTEXT,
     DataConfig,
@@ -41,6 +42,7 @@ __all__ = [
     "PreferencesConfig",
     "PretrainConfig",
     "PromotionConfig",
+    "RetrainConfig",
     "RewardConfig",
     "RunConfig",
     "SFTConfig",
