@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from rlhf_core.commands import promotion as promotion_commands
+from rlhf_core.commands import retraining as retraining_commands
 from rlhf_core.commands.chat import chat
 from rlhf_core.commands.data import app as data_app
 from rlhf_core.errors import InputError, LostRankError, RLHFError
@@ -229,6 +230,7 @@ def _become(module: str, options: list[str]) -> NoReturn:
 
 
 promotion_commands.add_to(app, _become)
+retraining_commands.add_to(app, _become)
 
 
 def main() -> None:
