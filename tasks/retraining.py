@@ -1,15 +1,16 @@
 """A retraining: what is new since the last one, the data set made of it, and the values that train on it.
 
-How far votes have been used stands in the registry, as a tag of the version that was trained on them, set when
-everything else of the retraining is done. A retraining that dies before has used nothing: the next one takes
-the same votes, and what DVC has computed already. No vote can count twice either, since a data set is always
-made of all votes up to an event, and not added to.
+How far votes have been used stands in the registry, as a tag of the version that was trained on them, set
+when everything else of the retraining is done. A retraining that dies before has used nothing: the next one
+takes the same votes, and what DVC has computed already. No vote can count twice either, since a data set is
+always made of all votes up to an event, and not added to.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -307,8 +308,6 @@ def values_for(
 
 
 def _lines(path: Path) -> Iterator[Row]:
-    import json
-
     for line in path.read_text(encoding="utf-8").splitlines():
         yield json.loads(line)
 

@@ -1,8 +1,8 @@
 """Which runs of a schedule still have something to do: a missed one runs once, not once per missed slot.
 
-A slot is the time at which a run was due. What a run reads is as new as its beginning, so a run that began at or
-after a slot was due has done that slot's work too. After hours in which nothing could run, all missed slots
-wait; the first of them begins, and has done the work of the others, which say so and end.
+A slot is the time at which a run was due. What a run reads is as new as its beginning, so a run that began
+at or after a slot was due has done that slot's work too. After hours in which nothing could run, all missed
+slots wait; the first of them begins, and has done the work of the others, which say so and end.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def add_to(app: typer.Typer, become: Callable[[str, list[str]], None]) -> None:
         profile: Profile = "simulate",
         overrides: Overrides = None,
     ) -> None:
-        """The whole loop with simulated people, apart from your own votes and models; goes on after a kill."""
+        """The whole loop with simulated people, apart from your votes and models; goes on after a kill."""
         options = ["--rounds", str(rounds), "--name", name, "--profile", profile]
         become("flows.simulate", [*options, *_set(overrides)])
 

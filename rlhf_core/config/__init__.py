@@ -30,6 +30,7 @@ from rlhf_core.config.sections import (
     SFTConfig,
     ValidateConfig,
 )
+from rlhf_core.config.simulate import SimulateConfig
 
 __all__ = [
     "SCRATCH_CONTEXT",
@@ -48,6 +49,7 @@ __all__ = [
     "SFTConfig",
     "SamplingConfig",
     "ScratchConfig",
+    "SimulateConfig",
     "ValidateConfig",
     "change_params",
     "flatten",

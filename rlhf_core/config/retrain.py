@@ -1,4 +1,4 @@
-"""Section `retrain` of params.yaml: when votes are enough, what becomes of them, and where the policy starts."""
+"""Section `retrain` of params.yaml: when votes are enough, what becomes of them, where PPO starts."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from pydantic import (
 from rlhf_core.config.parts import SamplingConfig, Section, check_target
 from rlhf_core.config.promotion import PromotionConfig
 from rlhf_core.config.retrain import RetrainConfig
+from rlhf_core.config.simulate import SimulateConfig
 
 
 class RunConfig(Section):
@@ -351,6 +352,7 @@ class Params(Section):
     evaluate: EvaluateConfig
     promotion: PromotionConfig
     retrain: RetrainConfig
+    simulate: SimulateConfig
     flow: FlowConfig
 
     @model_validator(mode="after")

@@ -1,7 +1,8 @@
 """Stage `ppo`: optimise the policy against the reward model, with a KL price to the frozen SFT reference.
 
-The policy starts as the SFT model, or (`ppo.start` champion) where an earlier run's policy ended. The reference
-is the SFT model either way, so KL is the whole way from it, and price and budget hold over all runs together.
+The policy starts as the SFT model, or (`ppo.start` champion) where an earlier run's policy ended. The
+reference is the SFT model either way, so KL is the whole way from it, and price and budget hold over all
+runs together.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from rlhf_core.modeling.reward import (
     member_role,
     scorer_of_roles,
 )
-from rlhf_core.modeling.roles import REFERENCE, AdapterRoles, FullRoles, Roles, adapter_roles
+from rlhf_core.modeling.roles import REFERENCE, FullRoles, Roles, adapter_roles
 from rlhf_core.optim import SkipGuard, held_moments, make_optimizer
 from rlhf_core.rl.alarms import MOST_LOGPROB_GAP, alarms
 from rlhf_core.rl.kl import KLController

@@ -94,7 +94,7 @@ def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
 
 
 def _choose_prompts(params: Params, layout: Layout, split: str) -> list[Row]:
-    """As many prompts as asked for, or all; chosen by seed. Raises InputError when there is none to choose."""
+    """As many prompts as asked for, or all; chosen by seed. Raises InputError when none is there."""
     path = layout.prepared_file("prompts", split)
     config = params.preferences
     wanted = config.num_prompts if split == "train" else config.num_eval_prompts
