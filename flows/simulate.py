@@ -101,6 +101,8 @@ def vote(found: Simulation, this: Round, params: Params, say: Say) -> tuple[int,
         try:
             with ThreadPoolExecutor(len(people)) as pool:
                 counts = list(pool.map(lambda visitor: visitor.vote_on_all(this.project), people))
+        except ValueError as error:
+            raise RLHFError(f"a simulated annotator could not vote: {error}") from error
         finally:
             for visitor in people:
                 visitor.close()
@@ -126,10 +128,8 @@ def annotators(params: Params) -> Iterator[tuple[str, object]]:
     from feedback.simulate import SimulatedAnnotator
     from rlhf_core.labelers import make_labeler
 
-    config, labeler = (
-        params.simulate,
-        make_labeler(params.evaluate.gold, params.evaluate.gold_target, params.run),
-    )
+    config, judge = params.simulate, params.evaluate
+    labeler = make_labeler(judge.gold, judge.gold_target, params.run)
 
     def gold(item) -> list[float]:
         texts = [response.text for response in item.responses]

@@ -100,8 +100,8 @@ def open_simulation(home: Path, name: str, profile: str, overrides: Sequence[str
         known = json.loads(found.state.read_text(encoding="utf-8"))
         if known["asked"] != asked:
             raise InputError(
-                f"{directory}: was begun with {known['asked']}, and not with {asked}; give another --name, or "
-                f"delete the directory"
+                f"{directory}: was begun with {known['asked']}, and not with {asked}; give another "
+                "--name, or delete the directory"
             )
         found.rounds = [Round(**one) for one in known["rounds"]]
         return found
@@ -219,8 +219,8 @@ def check_same_sft(checkout: Path, first: str, version: str) -> None:
     ours, theirs = (tags_of(checkout, one).get("dvc.models.sft", "") for one in (version, first))
     if not ours or ours != theirs:
         raise RLHFError(
-            f"version {version} was held against the SFT model {ours or 'unknown'}, and version {first} against "
-            f"{theirs or 'unknown'}: their win rates do not compare"
+            f"version {version} was held against the SFT model {ours or 'unknown'}, and version {first} "
+            f"against {theirs or 'unknown'}: their win rates do not compare"
         )
 
 
