@@ -129,10 +129,12 @@ def form_of(value: Record, criteria: tuple[str, ...] = ()) -> Mapping[str, str]:
 class Visitor:
     """One annotator's browser."""
 
-    def __init__(self, url: str, name: str, secret: str, person: SimulatedAnnotator) -> None:
+    def __init__(
+        self, url: str, name: str, secret: str, person: SimulatedAnnotator, http: httpx.Client | None = None
+    ) -> None:
         """Raises ValueError when name and secret do not fit."""
         self.person = person
-        self._http = httpx.Client(base_url=url, timeout=60.0)
+        self._http = http or httpx.Client(base_url=url, timeout=60.0)
         answer = self._ask("POST", "/login", data={"name": name, "secret": secret})
         if answer.status_code != 303:
             raise ValueError(f"{name} cannot sign in at {url}: status {answer.status_code}")

@@ -24,6 +24,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 from prefect.runtime import deployment, flow_run
+from prefect.states import Completed, State
 
 from feedback.dataset import CARD
 from feedback.history import Votes
@@ -121,7 +122,7 @@ def retrain(
     profile: Literal["keep", "default", "smoke"] = "keep",
     overrides: list[str] = [],  # noqa: B006 - None would need an Optional, for which the form shows a switcher
     force: bool = False,
-) -> str:
+) -> str | State[Any]:
     """Train on people's votes, old and new, and register a candidate. Returns what came of it.
 
     Args:
@@ -137,7 +138,8 @@ def retrain(
     logger = get_run_logger()
     with retraining.one_at_a_time(home, wait=bool(deployment.id), say=logger.info):
         if (other := covered_by(*slots.seen())) is not None:
-            return _nothing(f"this slot was missed, and run {other.run} has done its work: nothing to do")
+            said = _nothing(f"this slot was missed, and run {other.run} has done its work: nothing to do")
+            return Completed(name=slots.SKIPPED_NAME, message=said)
         votes = None
         if params.retrain.labels != "ai":
             votes = gather_votes(home, params)

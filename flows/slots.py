@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta
-from typing import Any
 from uuid import UUID
 
 from prefect.client.orchestration import get_client
@@ -12,7 +11,7 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.runtime import deployment, flow_run
 
-from tasks.schedule import DONE, FAILED, GONE, RUNNING, SCHEDULED, Slot
+from tasks.schedule import DONE, FAILED, GONE, RUNNING, SCHEDULED, SKIPPED, Slot
 
 STATES = {
     StateType.SCHEDULED: SCHEDULED,
@@ -26,6 +25,7 @@ STATES = {
     StateType.FAILED: FAILED,
 }
 PAGE = 200
+SKIPPED_NAME = "Skipped"  # of the state Completed
 NOBODY = Slot("", datetime.min, by_itself=False)
 
 
@@ -60,13 +60,8 @@ def seen_by(run_id: UUID, deployment_id: UUID) -> tuple[Slot, list[Slot]]:
 def slot_of(run: FlowRun) -> Slot:
     """A run as a slot; one that a person started, from the page or a shell, looks by itself."""
     assert run.state is not None
-    due = run.next_scheduled_start_time or run.expected_start_time
+    due = run.expected_start_time
     assert due is not None
-    return Slot(
-        str(run.id), run.expected_start_time or due, run.start_time, STATES[run.state.type], _by_itself(run)
-    )
-
-
-def _by_itself(run: Any) -> bool:
+    state = SKIPPED if run.state.name == SKIPPED_NAME else STATES[run.state.type]
     made_by = run.created_by.type if run.created_by else ""
-    return bool(run.auto_scheduled) or made_by in ("AUTOMATION", "SCHEDULE")
+    return Slot(str(run.id), due, run.start_time, state, run.auto_scheduled or made_by == "AUTOMATION")

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from datetime import datetime
 
 SCHEDULED, RUNNING, DONE, FAILED, GONE = "scheduled", "running", "done", "failed", "gone"
+SKIPPED = "skipped"  # it said that another one had done its work
 COVERS = (RUNNING, DONE, FAILED)
 # A failed run did meet what was there, and the next slot is the next try; one that was killed or cancelled
-# counts for nothing.
+# counts for nothing, and neither does one that was skipped: it has looked at nothing.
 
 
 @dataclass(frozen=True)
