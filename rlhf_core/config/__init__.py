@@ -1,5 +1,6 @@
 """Every value a run can change: the sections of params.yaml, and the file that holds them."""
 
+from rlhf_core.config.collect import CollectConfig
 from rlhf_core.config.file import (
     change_params,
     flatten,
@@ -32,6 +33,7 @@ from rlhf_core.config.sections import (
 
 __all__ = [
     "SCRATCH_CONTEXT",
+    "CollectConfig",
     "DataConfig",
     "EvaluateConfig",
     "LoRAConfig",

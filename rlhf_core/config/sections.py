@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from rlhf_core.config.collect import CollectConfig
 from rlhf_core.config.parts import SamplingConfig, Section, check_target
 from rlhf_core.config.promotion import PromotionConfig
 
@@ -348,6 +349,7 @@ class Params(Section):
     ppo: PPOConfig
     evaluate: EvaluateConfig
     promotion: PromotionConfig
+    collect: CollectConfig
     flow: FlowConfig
 
     @model_validator(mode="after")
