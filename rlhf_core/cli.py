@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from rlhf_core.commands import collecting as collecting_commands
 from rlhf_core.commands import promotion as promotion_commands
 from rlhf_core.commands import retraining as retraining_commands
 from rlhf_core.commands.chat import chat
@@ -230,6 +231,7 @@ def _become(module: str, options: list[str]) -> NoReturn:
 
 
 promotion_commands.add_to(app, _become)
+collecting_commands.add_to(app, _become)
 retraining_commands.add_to(app, _become)
 
 

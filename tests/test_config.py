@@ -77,6 +77,9 @@ def change(tree, key, value):
         ("retrain.license", " ", "retrain.license = ' ': String should match pattern"),
         ("retrain.agreement_share", 1.5, "retrain.agreement_share = 1.5: Input should be less than"),
         ("run.seed", -1, "run.seed = -1: Input should be greater than or equal to 0"),
+        ("collect.first", "best", "collect.first = 'best': String should match pattern"),
+        ("collect.samples", 1, "collect.samples = 1: Input should be greater than or equal to 2"),
+        ("collect.votes_wanted", 301, r"collect.votes_wanted \(301\) must not exceed the 300 votes"),
         ("ppo.learning_rate", float("nan"), "ppo.learning_rate = nan: Input should be"),
         ("sft.num_epochs", "many", "sft.num_epochs = 'many': Input should be a valid integer"),
     ],
@@ -85,6 +88,14 @@ def test_fault_names_key_value_and_rule(tree, key, value, message):
     change(tree, key, value)
     with pytest.raises(InputError, match=message):
         parse_params(tree, "params.yaml")
+
+
+def test_where_policies_disagree_there_must_be_two(tree):
+    tree["collect"] |= {"choose": "disagreement", "first": "candidate"}
+    with pytest.raises(InputError, match=r"collect.choose \(disagreement\) needs two policies"):
+        parse_params(tree, "params.yaml")
+    tree["collect"]["first"] = "7"
+    assert parse_params(tree, "params.yaml").collect.first == "7"
 
 
 def test_votes_that_would_all_weigh_nothing_are_refused(tree):

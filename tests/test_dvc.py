@@ -19,6 +19,7 @@ NOT_IN_RESULTS = {
     "rlhf_core.atomic",
     "rlhf_core.checkpoint",
     "rlhf_core.config",
+    "rlhf_core.config.collect",
     "rlhf_core.config.file",
     "rlhf_core.config.parts",
     "rlhf_core.config.promotion",

@@ -1,5 +1,6 @@
 """Every value a run can change: the sections of params.yaml, and the file that holds them."""
 
+from rlhf_core.config.collect import CollectConfig
 from rlhf_core.config.file import (
     change_params,
     flatten,
@@ -34,6 +35,7 @@ from rlhf_core.config.simulate import SimulateConfig
 
 __all__ = [
     "SCRATCH_CONTEXT",
+    "CollectConfig",
     "DataConfig",
     "EvaluateConfig",
     "LoRAConfig",

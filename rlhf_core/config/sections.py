@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from rlhf_core.config.collect import CollectConfig
 from rlhf_core.config.parts import SamplingConfig, Section, check_target
 from rlhf_core.config.promotion import PromotionConfig
 from rlhf_core.config.retrain import RetrainConfig
@@ -351,6 +352,7 @@ class Params(Section):
     ppo: PPOConfig
     evaluate: EvaluateConfig
     promotion: PromotionConfig
+    collect: CollectConfig
     retrain: RetrainConfig
     simulate: SimulateConfig
     flow: FlowConfig
