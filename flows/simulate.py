@@ -95,6 +95,7 @@ def vote(found: Simulation, this: Round, params: Params, say: Say) -> tuple[int,
     """Let the simulated annotators vote until nothing is left; votes in all, and the log's last event."""
     from feedback.history import last_event, votes_at
     from feedback.visiting import Visitor
+    from feedback.watching import close_collection, settle
 
     with served(found) as url, retraining.open_votes(found.checkout) as store:
         people = [Visitor(url, name, accounts(store, name), person) for name, person in annotators(params)]
@@ -106,6 +107,8 @@ def vote(found: Simulation, this: Round, params: Params, say: Say) -> tuple[int,
         finally:
             for visitor in people:
                 visitor.close()
+        if settle(store, this.project).is_open:  # something was flagged or skipped: it ends all the same
+            close_collection(store, "system", this.project)
         number = last_event(store)
         total = votes_at(store, number, 0).num_votes
     say(f"{sum(counts)} votes by {len(counts)} simulated annotators, {total} in all")

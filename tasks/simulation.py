@@ -176,12 +176,14 @@ def serve(simulation: Simulation, port: int) -> subprocess.Popen[bytes]:
 
 
 def version_trained_to(checkout: Path, event: int) -> str:
-    """The version that has used the votes up to `event`; empty where none has."""
+    """The version that has used the votes up to `event` and no later ones of ours; empty where none has."""
     name = load_params(Layout(checkout).params).flow.registered_model
-    for found in _versions(checkout, name):
-        if found.tags.get(retraining.USED_TO) == str(event):
-            return str(found.version)
-    return ""
+    found = [
+        (int(one.tags[retraining.USED_TO]), str(one.version))
+        for one in _versions(checkout, name)
+        if int(one.tags.get(retraining.USED_TO, 0)) >= event
+    ]
+    return min(found, default=(0, ""))[1]
 
 
 def newest_version(checkout: Path) -> str:

@@ -173,15 +173,15 @@ def test_missing_file_is_named(tmp_path):
         load_params(tmp_path / "params.yaml")
 
 
-def test_profiles_set_the_same_keys_and_the_default_is_what_is_shipped(root, tree):
-    default, smoke = (profile_values(name, root) for name in ("default", "smoke"))
-    assert list(default) == list(smoke)
+def test_the_default_profile_takes_back_what_the_others_set_and_is_what_is_shipped(root, tree):
+    default, smoke, simulate = (profile_values(name, root) for name in ("default", "smoke", "simulate"))
+    assert set(default) == set(smoke) | set(simulate)
     for key, value in default.items():
         node = tree
         for part in key.split("."):
             node = node[part]
         assert node == value, key
-    with pytest.raises(InputError, match="there are: default, smoke"):
+    with pytest.raises(InputError, match="there are: default, simulate, smoke"):
         profile_values("big", root)
 
 
