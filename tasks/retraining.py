@@ -315,12 +315,17 @@ def _lines(path: Path) -> Iterator[Row]:
 def lineage(
     params: Params, root: Path, manifest: Mapping[str, Any] | None, champion: Champion | None
 ) -> dict[str, str]:
-    """What the candidate's version says of its retraining, beside what every run says."""
+    """What the candidate's version says of its retraining, beside what every run says.
+
+    `dvc.PATH` is the md5 of what is not an output of a stage; `rlhf gc` keeps what a version names so.
+    """
     tags = {
         "retrain.labels": params.retrain.labels,
         "retrain.start": "champion" if champion else "sft",
         "retrain.champion": champion.version if champion else "",
     }
+    if champion:
+        tags["dvc.models.champion"] = champion.md5
     if manifest is not None:
         tags |= {
             "feedback.last_event": str(manifest["last_event"]),
@@ -328,6 +333,6 @@ def lineage(
             "feedback.votes": str(manifest["votes"]),
             "feedback.new_votes": str(manifest["new_votes"]),
             "feedback.version": manifest["version"],
-            "feedback.md5": md5_of(root, FEEDBACK),
+            "dvc.data.feedback": md5_of(root, FEEDBACK),
         }
     return tags

@@ -67,7 +67,7 @@ def test_every_vote_is_in_the_data_of_the_last_version(simulated):
     assert int(tags["feedback.votes"]) == votes.num_votes
     assert int(tags["feedback.new_votes"]) == votes.num_votes - report["rounds"][1]["votes"]
     assert tags["feedback.since_event"] == str(report["rounds"][1]["event"])
-    assert tags["feedback.md5"].endswith(".dir")
+    assert tags["dvc.data.feedback"].endswith(".dir")
     from rlhf_core.config import load_params
 
     assert used_to(home, load_params(home / "params.yaml"), votes.store) == number

@@ -185,7 +185,7 @@ def test_the_data_set_is_a_version_under_dvc_on_the_runs_branch(home, root):
         committed = yaml.safe_load(command(home, "git", "show", "runs/r1:data/feedback.dvc"))
         assert committed["outs"][0]["md5"] == md5
         tags = retraining.lineage(params, place.root, data.manifest, None)
-        assert tags["feedback.md5"] == md5
+        assert tags["dvc.data.feedback"] == md5
         assert (tags["feedback.last_event"], tags["feedback.votes"]) == ("7", "60")
     worktrees.remove(place)
     # Whoever repeats the run has the same data, from the cache.
