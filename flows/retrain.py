@@ -25,6 +25,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 from prefect.runtime import deployment, flow_run
 from prefect.states import Completed, State
+from prefect.utilities.annotations import quote
 
 from feedback.dataset import CARD
 from feedback.history import Votes
@@ -165,8 +166,8 @@ def _train(home: Path, profile: str, overrides: Sequence[str], votes: Votes | No
         measured: list[ai_agreement.Measured] = []
         if votes is not None:
             if params.retrain.labels == "mixed":
-                measured = compare_labels(place.root, params, votes)
-            manifest = make_dataset(place, params, votes)
+                measured = compare_labels(place.root, params, quote(votes))
+            manifest = make_dataset(place, params, quote(votes))
         champion = bring_champion(home, place, params)
         more = retraining.lineage(params, place.root, manifest, champion)
         values = retraining.values_for(params, place.root, manifest, champion)

@@ -19,6 +19,11 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from flows import own_server
+
+if "--collect" in sys.argv:
+    own_server.prepare(apart=True)
+
 from rlhf_core.config import Params, load_params
 from rlhf_core.errors import RLHFError
 from rlhf_core.layout import Layout
@@ -204,9 +209,6 @@ def timed(this: Round, step: str) -> Iterator[None]:
 
 def collect_here(told: Path) -> None:
     """Run the flow `collect_feedback` in this directory, and write down which project it filled."""
-    from flows import own_server
-
-    own_server.prepare(apart=True)
     from flows.collect_feedback import collect_feedback
     from rlhf_core.atomic import write_text
 
@@ -228,6 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             collect_here(options.collect)
             return
         check_workspace(home)
+        simulation.forget_settings()
         directory = Layout(home).state / "simulations" / options.name
         with exclusive(directory):
             found = simulation.open_simulation(home, options.name, options.profile, options.overrides)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core.atomic import write_text
+from rlhf_core.cli import QUIET, die_with_parent
 from rlhf_core.config import change_params, load_params, parse_overrides, profile_values
 from rlhf_core.errors import InputError, RLHFError
 from rlhf_core.layout import Layout
@@ -128,10 +129,16 @@ def make_checkout(home: Path, checkout: Path, profile: str, overrides: Sequence[
     )
 
 
+def forget_settings() -> None:
+    """From now on, in this process, no setting leads to the user's stores and servers."""
+    for name in [name for name in os.environ if name.startswith(OURS)]:
+        del os.environ[name]
+    os.environ.update(QUIET)
+
+
 def environment(checkout: Path) -> dict[str, str]:
-    """This process's environment without settings that lead to the user's stores and servers."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
-    return env | {"PYTHONPATH": str(checkout), "PYTHONUNBUFFERED": "1"}
+    """Of a step: the checkout's own code. Settings that lead elsewhere were forgotten."""
+    return dict(os.environ) | {"PYTHONPATH": str(checkout), "PYTHONUNBUFFERED": "1"}
 
 
 def run_step(
@@ -158,8 +165,6 @@ def run_step(
 
 def serve(simulation: Simulation, port: int) -> subprocess.Popen[bytes]:
     """The annotation service on the simulation's votes; it ends with this process."""
-    from rlhf_core.cli import die_with_parent
-
     log = simulation.directory / "logs" / "feedback.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:

@@ -27,7 +27,10 @@ def simulated(root, tmp_path_factory):
     """A checkout in which two rounds were broken off once, by SIGKILL in the second training, and ended."""
     checkout = make_checkout(root, tmp_path_factory.mktemp("simulated"))
     place = checkout / ".rlhf" / "simulations" / "default"
-    first = start([*COMMAND, *VALUES], checkout, checkout / "first.log")
+    # Settings of the user's own stores, which a simulation must not follow.
+    theirs = {"MLFLOW_TRACKING_URI": f"sqlite:///{checkout}/theirs.db"}
+    theirs |= {"RLHF_FEEDBACK_DB": str(checkout / "their-votes.db")}
+    first = start([*COMMAND, *VALUES], checkout, checkout / "first.log", **theirs)
     log = place / "logs" / "2-retrain.log"
     wait_for(lambda: first.poll() is not None or (log.is_file() and "reward" in log.read_text()), 1500)
     assert first.poll() is None, (checkout / "first.log").read_text()[-3000:]
@@ -36,7 +39,7 @@ def simulated(root, tmp_path_factory):
     wait_for(lambda: not processes_below(place), 60)  # what it had started goes with it
     broken_off = json.loads((place / "state.json").read_text())
     began = time.time()
-    done = run([*COMMAND, *VALUES], checkout, timeout=1800)
+    done = run([*COMMAND, *VALUES], checkout, timeout=1800, **theirs)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     report = json.loads((checkout / "reports" / "simulation" / "default.json").read_text())
     return checkout, place, broken_off, report, done.stdout, began
