@@ -18,7 +18,7 @@ from tasks import watching
 
 @flow(name=watching.WATCH)
 def watch_feedback() -> str:
-    """Show how far each open collection is, and tell of those that ended. Returns what is left to wait for."""
+    """Show how far each open collection is, and tell of those that ended. Returns whether any is left."""
     expected.tell_without_traceback()
     root = Path.cwd().resolve()
     if watching.look(root, get_run_logger().info):

@@ -125,9 +125,7 @@ def policies(root: Path, params: Params) -> tuple[Policy, Policy, dict[str, str]
     client = open_client(root)
     name = params.flow.registered_model
     try:
-        aliases = {
-            alias: str(version) for alias, version in client.get_registered_model(name).aliases.items()
-        }
+        found = client.get_registered_model(name).aliases
     except MlflowException:
         raise InputError(
             f"{name}: no such registered model in {tracking_uri(root)}; `rlhf run` registers a candidate"

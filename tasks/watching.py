@@ -43,11 +43,17 @@ CONFIRM_SECONDS = 60.0  # for the server to say that it has an event; well below
 
 
 def look(root: Path, on_line: Callable[[str], None]) -> bool:
-    """Look at every collection that is open, or whose end nobody was told. Returns whether one is left."""
+    """Look at every collection that is open, or whose end nobody was told. Returns whether one is left.
+
+    A server that does not take the event of one does not keep the others from being looked at.
+    """
     with open_store(root) as store:
         for one in list_collections(store):
             if one.is_open or one.untold:
-                look_at(store, settle(store, one.id), on_line)
+                try:
+                    look_at(store, settle(store, one.id), on_line)
+                except RLHFError as error:
+                    on_line(str(error))
         return any(one.is_open or one.untold for one in list_collections(store))
 
 
@@ -160,7 +166,7 @@ def latest_artifact(key: str) -> Any:
 
 
 def keep_watching(active: bool) -> bool:
-    """Switch the schedule of the deployment `watch_feedback`; False where the server has no such deployment."""
+    """Switch the schedule of the deployment `watch_feedback`; False where the server has none."""
     with get_client(sync_client=True) as client:
         try:
             watch = client.read_deployment_by_name(f"{WATCH}/{WATCH}")
