@@ -39,7 +39,7 @@ def deploy_all(root: Path) -> None:
         "One look at the votes of open collections; its schedule is on only while there are any.",
         work_queue_name=QUEUE,
         schedules=[schedule(params, any_left(root))],
-        # Of runs that fell due while the worker was away, one is enough.
+        # One look at a time; those that fell due while the worker was away are skipped by the first.
         concurrency_limit=ConcurrencyLimitConfig(
             limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW
         ),

@@ -65,7 +65,7 @@ def test_each_policy_answers_and_a_repetition_is_the_same_bytes(spec, tmp_path):
     assert facts["num_answered"] == 12
     for row in rows:
         assert sorted(response["policy"] for response in row["responses"]) == list(LABELS)
-        assert row["responses"][0]["decoding"]["seed"] == 5
+        assert {r["policy"]: r["decoding"]["seed"] for r in row["responses"]} == dict(zip(LABELS, (10, 11)))
     firsts = [row["responses"][0]["policy"] for row in rows]
     assert set(firsts) == set(LABELS)  # neither policy always stands first
     answer(spec, tmp_path / "two")
@@ -82,6 +82,13 @@ def test_a_policy_alone_gives_all_answers_and_they_differ(root, tmp_path, tiny_m
         assert len({response["text"] for response in row["responses"]}) > 1
 
 
+def test_policies_that_are_alike_give_different_answers_where_a_choice_is_drawn(
+    root, tmp_path, tiny_model_dir
+):
+    answer(make_spec(root, tmp_path, tiny_model_dir, tiny_model_dir), tmp_path / "out")
+    assert len(read_answers(tmp_path / "out")[0]) == 5
+
+
 def test_of_an_odd_number_the_first_policy_gives_one_more(root, tmp_path, tiny_model_dir, other_model_dir):
     spec = make_spec(root, tmp_path, tiny_model_dir, other_model_dir, samples=3, num_prompts=2)
     answer(spec, tmp_path / "out")
@@ -90,7 +97,8 @@ def test_of_an_odd_number_the_first_policy_gives_one_more(root, tmp_path, tiny_m
 
 
 def test_prompts_whose_answers_are_the_same_are_not_asked(root, tmp_path, tiny_model_dir):
-    spec = make_spec(root, tmp_path, tiny_model_dir, tiny_model_dir)  # the same weights and random numbers
+    # The same weights, and the same random numbers where disagreement is sought.
+    spec = make_spec(root, tmp_path, tiny_model_dir, tiny_model_dir, choose="disagreement")
     with pytest.raises(InputError, match="all 12 prompts have answers that are the same"):
         answer(spec, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -225,7 +225,6 @@ def test_a_server_that_loses_the_event_gets_it_again(home, server, store, clock,
         broken.setattr(watching, "send", lambda *arguments: None)
         assert watching.look(home, said.append)
     assert "has not taken the event" in said[-1]
-    monkeypatch.undo  # noqa: B018
     clock.pass_by(seconds=log.CLAIM_SECONDS)
     monkeypatch.setattr(watching, "CONFIRM_SECONDS", 60.0)
     assert not watching.look(home, said.append)
@@ -261,8 +260,8 @@ def test_production_prompts_of_the_evaluations_side_are_never_asked(home, store,
 def test_two_policies_and_their_reward_model(home, made, store, tiny_model_dir):
     register(home, made[1], tiny_model_dir, "candidate")
     with pytest.raises(InputError, match="there is no version 9"):
-        collect_feedback(overrides=["collect.first='9'"])
-    # All of them have the same weights here, so to tell them apart each draws its own random numbers.
+        collect_feedback(overrides=["collect.first=9"])
+    # Both have the same weights and, where disagreement is sought, the same random numbers.
     with pytest.raises(InputError, match="answers that are the same"):
         collect_feedback(choose="disagreement")
     project = collect_feedback(choose="uncertain", overrides=["collect.first=candidate", "collect.samples=3"])
@@ -321,3 +320,22 @@ def test_collections_are_listed_and_closed(home, store, capsys, monkeypatch):
     assert "has ended already (closed)" in capsys.readouterr().out
     with pytest.raises(InputError, match="there is no collection 'x'"):
         collections.close(home, "x")
+
+
+def test_looks_that_were_missed_are_not_made_up_for(home, server):
+    from prefect.states import Scheduled
+
+    deploy.make_pool()
+    deployments.deploy_all(home)
+    watch = server.read_deployment_by_name(f"{watching.WATCH}/{watching.WATCH}")
+    now = Clock()()
+    early, late = (
+        server.create_flow_run_from_deployment(
+            watch.id, state=Scheduled(scheduled_time=now + timedelta(minutes=m))
+        )
+        for m in (-30, 30)
+    )
+    assert watching.skip_missed(watch.id) == 1
+    left = {run.id for run in server.read_flow_runs()}
+    assert early.id not in left
+    assert late.id in left

@@ -65,6 +65,9 @@ def test_a_project_that_is_no_collection_is_not_taken_for_one(store):
 def test_nothing_is_made_of_a_collection_without_items(store):
     with pytest.raises(InputError, match="no items"):
         opened(store, count=0)
+    right = {"kind": "choice", "choice": "a", "strength": 1}
+    with pytest.raises(InputError, match="all items are gold"):
+        open_collection(store, PROJECT, [pair(1, gold=right)])
     assert list_collections(store) == []
     assert opened(store)
 
