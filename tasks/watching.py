@@ -188,7 +188,7 @@ def keep_watching(active: bool) -> bool:
 
 
 def skip_missed(deployment: UUID) -> int:
-    """Delete runs of the deployment that fell due before now: one look is as good as many. Returns how many."""
+    """Delete runs of the deployment that fell due before now, of which one is enough. Returns how many."""
     wanted = FlowRunFilter(
         deployment_id=FlowRunFilterDeploymentId(any_=[deployment]),
         state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
