@@ -167,11 +167,14 @@ def test_killed_and_begun_again_it_is_taken_up(home, server, store, monkeypatch,
         with pytest.raises(KeyboardInterrupt):
             collect_feedback()
     assert len(log.list_collections(store)) == (place == "after it")
+    left = home / ".rlhf" / "collections" / "collect-other" / "models"  # as SIGKILL leaves them
+    left.mkdir(parents=True)
     project = collect_feedback()
     assert len(answered) == 1  # what was made is kept
     assert [one.id for one in log.list_collections(store)] == [project]
     assert len(gather(store, project).items) == 4
     assert len(artifacts(server, project)) == 1
+    assert not left.exists()
     assert not (home / ".rlhf" / "collections" / project).exists()
 
 
