@@ -21,6 +21,7 @@ from feedback.loading import add_imported
 from feedback.projects import create_project
 from feedback.records import Choice, Project
 from feedback.store import Store
+from flows import collect_feedback as command
 from flows import collecting as deployments
 from flows import deploy
 from flows.collect_feedback import collect_feedback
@@ -323,6 +324,18 @@ def test_collections_are_listed_and_closed(home, store, capsys, monkeypatch):
     assert "has ended already (closed)" in capsys.readouterr().out
     with pytest.raises(InputError, match="there is no collection 'x'"):
         collections.close(home, "x")
+
+
+def test_from_a_shell(home, store, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["rlhf collect", "--size", "3", "-S", "collect.overlap_share=0.0"])
+    command.main()
+    (found,) = log.list_collections(store)
+    assert f"{found.id}: waits for 3 votes until {watching.moment(found.deadline)}" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["rlhf collect", "--size", "3", "-S", "collect.votes_wanted=10"])
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert ended.value.code == InputError.exit_code
+    assert "collect.votes_wanted (10) must not exceed the 9 votes" in capsys.readouterr().err
 
 
 def test_looks_that_were_missed_are_not_made_up_for(home, server):
