@@ -78,7 +78,8 @@ def open_collection(
     """Make the project with its items and begin to wait, all or nothing; False when that was done before.
 
     0 votes wanted are all that the items need, and more than those count as those; a deadline of 0 hours is
-    none. Raises ConflictError for a project of this id that is no collection, InputError without items.
+    none. Raises ConflictError for a project of this id that is no collection, InputError without an item that
+    waits for votes.
     """
     with store.write() as connection:
         if project.id in _read(connection):
@@ -90,7 +91,9 @@ def open_collection(
         )
         if append_items(store, connection, SYSTEM, project, rows) == 0:
             raise InputError(f"collection {project.id!r}: no items")
-        needed = connection.scalar(select(func.sum(items.c.needed)).where(items.c.project == project.id))
+        needed = _needed(connection, project.id)
+        if needed == 0:
+            raise InputError(f"collection {project.id!r}: all items are gold, so no votes are waited for")
         payload = {
             "project": project.id,
             "wanted": min(votes_wanted, needed) if votes_wanted else needed,
@@ -195,7 +198,7 @@ def expected_end(found: Watched, state: Progress) -> datetime | None:
 
 
 def _read(connection: Connection) -> dict[str, Watched]:
-    query = select(events).where(events.c.type.in_(ENTRIES)).order_by(events.c.number)
+    query = select(events).where(events.c.type.in_(map(str, ENTRIES))).order_by(events.c.number)
     found: dict[str, Watched] = {}
     for entry in map(as_event, connection.execute(query)):
         project = entry.payload["project"]
@@ -230,6 +233,11 @@ def _end(
 ) -> Watched:
     payload = {"project": found.id, "votes": given, "reason": reason}
     return _after(found, store.append(connection, actor, EventType.COLLECTION_ENDED, payload))
+
+
+def _needed(connection: Connection, project_id: str) -> int:
+    query = select(func.coalesce(func.sum(items.c.needed), 0)).where(*_regular(project_id))
+    return int(connection.scalar(query) or 0)
 
 
 def _given(connection: Connection, project_id: str) -> int:

@@ -12,7 +12,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate, DeploymentUpdate, WorkPoolCreate
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
-from flows import automations, forms, promotions
+from flows import automations, collecting, forms, promotions
 from flows.settings import HEARTBEAT_SECONDS
 from flows.up import POOL
 from rlhf_core.config import load_params
@@ -25,7 +25,7 @@ CPU_RUNS = 2  # at once; each has a worktree of its own, but they share the proc
 
 def queues() -> dict[str, int]:
     """The queues of the pool, and how many runs each lets through at once: one for each GPU."""
-    return {"cpu": CPU_RUNS, "gpu": max(1, len(gpus.visible()))}
+    return {"cpu": CPU_RUNS, "gpu": max(1, len(gpus.visible())), collecting.QUEUE: 1}
 
 
 def make_pool() -> None:
@@ -99,6 +99,7 @@ def main() -> None:
         automations.ensure()
         automations.ask_for_life()
         promotions.deploy_all(Path.cwd().resolve())
+        collecting.deploy_all(Path.cwd().resolve())
         from flows import retraining  # it reads our schedules
 
         retraining.deploy_all(Path.cwd().resolve())

@@ -76,6 +76,8 @@ def _alone(root: Path, on_wait: Callable[[str], None]) -> Iterator[None]:
         except BlockingIOError:
             on_wait("another collection is being made here; waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
+        for left in path.parent.glob("*/models"):  # of one that was killed
+            shutil.rmtree(left, ignore_errors=True)
         yield
 
 

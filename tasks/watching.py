@@ -9,14 +9,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from uuid import NAMESPACE_URL, UUID, uuid5
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import ArtifactCollectionFilter, ArtifactCollectionFilterKey
+from prefect.client.schemas.filters import (
+    ArtifactCollectionFilter,
+    ArtifactCollectionFilterKey,
+    FlowRunFilter,
+    FlowRunFilterDeploymentId,
+    FlowRunFilterExpectedStartTime,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import StateType
 from prefect.events import emit_event
 from prefect.events.filters import EventFilter, EventIDFilter, EventOccurredFilter
 from prefect.exceptions import ObjectNotFound
@@ -43,11 +52,17 @@ CONFIRM_SECONDS = 60.0  # for the server to say that it has an event; well below
 
 
 def look(root: Path, on_line: Callable[[str], None]) -> bool:
-    """Look at every collection that is open, or whose end nobody was told. Returns whether one is left."""
+    """Look at every collection that is open, or whose end nobody was told. Returns whether one is left.
+
+    A server that does not take the event of one does not keep the others from being looked at.
+    """
     with open_store(root) as store:
         for one in list_collections(store):
             if one.is_open or one.untold:
-                look_at(store, settle(store, one.id), on_line)
+                try:
+                    look_at(store, settle(store, one.id), on_line)
+                except RLHFError as error:
+                    on_line(str(error))
         return any(one.is_open or one.untold for one in list_collections(store))
 
 
@@ -160,7 +175,7 @@ def latest_artifact(key: str) -> Any:
 
 
 def keep_watching(active: bool) -> bool:
-    """Switch the schedule of the deployment `watch_feedback`; False where the server has no such deployment."""
+    """Switch the schedule of the deployment `watch_feedback`; False where the server has none."""
     with get_client(sync_client=True) as client:
         try:
             watch = client.read_deployment_by_name(f"{WATCH}/{WATCH}")
@@ -170,6 +185,20 @@ def keep_watching(active: bool) -> bool:
             if schedule.active != active:
                 client.update_deployment_schedule(watch.id, schedule.id, active=active)
     return True
+
+
+def skip_missed(deployment: UUID) -> int:
+    """Delete runs of the deployment that fell due before now, of which one is enough. Returns how many."""
+    wanted = FlowRunFilter(
+        deployment_id=FlowRunFilterDeploymentId(any_=[deployment]),
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
+        expected_start_time=FlowRunFilterExpectedStartTime(before_=datetime.now(UTC)),
+    )
+    with get_client(sync_client=True) as client:
+        missed = client.read_flow_runs(flow_run_filter=wanted)
+        for run in missed:
+            client.delete_flow_run(run.id)
+    return len(missed)
 
 
 def rest(root: Path) -> bool:

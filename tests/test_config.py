@@ -94,7 +94,7 @@ def test_where_policies_disagree_there_must_be_two(tree):
     tree["collect"] |= {"choose": "disagreement", "first": "candidate"}
     with pytest.raises(InputError, match=r"collect.choose \(disagreement\) needs two policies"):
         parse_params(tree, "params.yaml")
-    tree["collect"]["first"] = "7"
+    tree["collect"]["first"] = 7
     assert parse_params(tree, "params.yaml").collect.first == "7"
 
 

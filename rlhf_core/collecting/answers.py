@@ -61,9 +61,16 @@ class Spec:
             params=parse_params(tree["params"], str(path)),
         )
 
-    @property
-    def sampling(self) -> SamplingConfig:
-        return self.params.collect.sampling.model_copy(update={"seed": self.seed})
+    def sampling(self, side: int) -> SamplingConfig:
+        """Of the first policy (0) and the second (1).
+
+        Each draws random numbers of its own: with the same, policies that are near each other give many
+        answers that are the same. Where disagreement is sought both draw the same, so that what differs is
+        the policies.
+        """
+        config = self.params.collect
+        own = 0 if config.choose == "disagreement" else side
+        return config.sampling.model_copy(update={"seed": 2 * self.seed + own})
 
     @property
     def shares(self) -> tuple[int, int]:
@@ -112,22 +119,23 @@ def read_lines(path: Path) -> list[Row]:
 def _all_answers(spec: Spec, conversations: list[list[dict[str, str]]]) -> list[list[Row]]:
     """By prompt, the answers of the first policy and then those of the second."""
     found: list[list[Row]] = [[] for _ in conversations]
-    for directory, label, samples in zip((spec.first, spec.second), spec.labels, spec.shares, strict=True):
+    for side, directory in enumerate((spec.first, spec.second)):
         if directory is None:
             continue
+        label, samples, sampling = spec.labels[side], spec.shares[side], spec.sampling(side)
         print(f"{label}: {samples} answers to each of {len(conversations)} prompts", flush=True)
         model, tokenizer = load_policy(directory, spec.params.run)
         groups = generate(
             model,
             tokenizer,
             conversations,
-            spec.sampling,
+            sampling,
             samples_per_prompt=samples,
             batch_size=spec.params.collect.batch_size,
         )
         for own, group in zip(found, groups, strict=True):
             own += [
-                {"text": made.text, "policy": label, "decoding": spec.sampling.model_dump() | {"sample": i}}
+                {"text": made.text, "policy": label, "decoding": sampling.model_dump() | {"sample": i}}
                 for i, made in enumerate(group)
             ]
         del model

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
 from rlhf_core.config.parts import SamplingConfig, Section
 
 MOST_SAMPLES = 9  # as many answers as an annotator has digit keys for
 Choose = Literal["random", "uncertain", "disagreement", "production"]
+
+
+def _as_text(value: Any) -> Any:
+    """YAML reads a version as a number."""
+    return str(value) if type(value) is int else value
+
+
 # An alias of the registry, the SFT model behind a version, or a version's number.
-PolicyName = Annotated[str, Field(pattern=r"^(champion|candidate|previous|sft|[1-9][0-9]*)$")]
+PolicyName = Annotated[
+    str, BeforeValidator(_as_text), Field(pattern=r"^(champion|candidate|previous|sft|[1-9][0-9]*)$")
+]
 
 
 class CollectConfig(Section):
