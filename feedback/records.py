@@ -252,6 +252,10 @@ class EventType(StrEnum):
     CHAT_TURN = "chat_turn"
     ITEM_ADJUDICATED = "item_adjudicated"
     PERSON_ERASED = "person_erased"
+    COLLECTION_OPENED = "collection_opened"  # these change no view; feedback/watching.py reads them
+    COLLECTION_ENDED = "collection_ended"
+    COLLECTION_CLAIMED = "collection_claimed"  # a watcher is about to tell of the end
+    COLLECTION_ANNOUNCED = "collection_announced"
     SIGNED_IN = "signed_in"  # the audit log's own events change no view
     SIGN_IN_FAILED = "sign_in_failed"
     SIGNED_OUT = "signed_out"

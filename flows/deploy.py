@@ -12,7 +12,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate, DeploymentUpdate, WorkPoolCreate
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
-from flows import automations, forms, promotions
+from flows import automations, collecting, forms, promotions
 from flows.settings import HEARTBEAT_SECONDS
 from flows.up import POOL
 from rlhf_core.config import load_params
@@ -25,7 +25,7 @@ CPU_RUNS = 2  # at once; each has a worktree of its own, but they share the proc
 
 def queues() -> dict[str, int]:
     """The queues of the pool, and how many runs each lets through at once: one for each GPU."""
-    return {"cpu": CPU_RUNS, "gpu": max(1, len(gpus.visible()))}
+    return {"cpu": CPU_RUNS, "gpu": max(1, len(gpus.visible())), collecting.QUEUE: 1}
 
 
 def make_pool() -> None:
@@ -40,10 +40,10 @@ def make_pool() -> None:
 
 
 def schedules(name: str) -> list[DeploymentScheduleCreate]:
-    """Those that people have put on the deployment; to deploy it again without them would delete them."""
+    """Those that people have put on deployment FLOW/NAME; to deploy again without them would delete them."""
     with get_client(sync_client=True) as client:
         try:
-            found = client.read_deployment_by_name(f"train/{name}").schedules
+            found = client.read_deployment_by_name(name).schedules
         except ObjectNotFound:
             return []
     names = set(DeploymentScheduleCreate.model_fields)
@@ -65,7 +65,7 @@ def deploy(root: Path, pool: str = POOL) -> None:
         description="Data, SFT, reward model, PPO, evaluation; registers the policy as candidate.",
         tags=["rlhf"],
         job_variables={"env": {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS)}},
-        schedules=schedules(name),
+        schedules=schedules(f"train/{name}"),
         ignore_warnings=True,
         build=False,
         push=False,
@@ -99,6 +99,10 @@ def main() -> None:
         automations.ensure()
         automations.ask_for_life()
         promotions.deploy_all(Path.cwd().resolve())
+        collecting.deploy_all(Path.cwd().resolve())
+        from flows import retraining  # it reads our schedules
+
+        retraining.deploy_all(Path.cwd().resolve())
     except RLHFError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

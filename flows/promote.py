@@ -31,10 +31,10 @@ from prefect.settings import PREFECT_API_URL
 from pydantic import Field
 
 from flows import expected
-from rlhf_core.config import Params, parse_overrides, parse_params, put, read_yaml
+from rlhf_core.config import Params
 from rlhf_core.errors import RLHFError
-from rlhf_core.layout import Layout
 from tasks import decisions, gpus, promotion, workspace
+from tasks.workspace import read_params
 
 APPROVALS = ("as in params.yaml", "person", "auto")
 APPROVAL_KEY = "approval"  # the same when the flow is taken up again, so it finds the answer
@@ -46,14 +46,6 @@ class Approval(RunInput):
     decision: Literal["approve", "reject"] = Field(title="Decision")
     name: str = Field(title="Your name", min_length=1)
     reason: str = Field(title="Reason", min_length=1)
-
-
-def read_params(root: Path, overrides: list[str]) -> Params:
-    """params.yaml as it lies in the checkout, with overrides for this promotion; nothing is written."""
-    path = Layout(root).params
-    tree = read_yaml(path)
-    put(tree, parse_overrides(overrides))
-    return parse_params(tree, f"{path} with {', '.join(overrides)}" if overrides else str(path))
 
 
 @task(cache_policy=NO_CACHE, name="compare")

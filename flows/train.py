@@ -11,7 +11,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NoReturn
@@ -145,16 +145,27 @@ def gpus_for(params: Params) -> Iterator[None]:
         yield
 
 
-def run_stages(root: Path, params: Params, place: worktrees.RunPlace | None = None) -> str:
-    """All stages in the workspace `root`, then the registry. Returns the registered version."""
+def run_stages(
+    root: Path,
+    params: Params,
+    place: worktrees.RunPlace | None = None,
+    more: Mapping[str, str] | None = None,
+    begun: Callable[[registry.ParentRun], None] = lambda parent: None,
+) -> str:
+    """All stages in the workspace `root`, then the registry. Returns the registered version.
+
+    `more` become tags of run and version beside those that say what started it; `begun` gets the MLflow run.
+    """
     name = place.branch if place else "train"
     origin = {"prefect.flow_run": str(flow_run.id)}
     if "PREFECT_API_URL" in os.environ:  # else the server goes with this process
         origin["prefect.url"] = str(flow_run.ui_url)
     if place:
         origin |= {"rlhf.branch": place.branch}
+    origin |= more or {}
     with registry.parent_run(root, params, name, origin) as parent:
         shown.link_runs(root, parent)
+        begun(parent)
         if place:
             worktrees.note(place, mlflow_run=parent.run_id)
         for stage in STAGES:

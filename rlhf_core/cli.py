@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from rlhf_core.commands import collecting as collecting_commands
 from rlhf_core.commands import promotion as promotion_commands
+from rlhf_core.commands import retraining as retraining_commands
 from rlhf_core.commands.chat import chat
 from rlhf_core.commands.data import app as data_app
 from rlhf_core.errors import InputError, LostRankError, RLHFError
@@ -243,6 +245,8 @@ def _become(module: str, options: list[str]) -> NoReturn:
 
 
 promotion_commands.add_to(app, _become)
+collecting_commands.add_to(app, _become)
+retraining_commands.add_to(app, _become)
 
 
 def main() -> None:

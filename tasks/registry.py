@@ -25,6 +25,7 @@ from rlhf_core.mlflow_writer import experiment_id, open_client, tracking_uri
 
 ALIAS = "candidate"
 REGISTERED = "rlhf.candidate.registered"  # the event
+ANNOUNCED = "rlhf.announced"  # tag of a version for which the event was sent
 PRODUCTS = ("sft", "reward")  # registered beside the policy, without their weights
 REWARD_METRICS = ("reward/accuracy", "reward/accuracy_low", "reward/length_baseline_accuracy")
 
@@ -97,7 +98,6 @@ def register_policy(root: Path, params: Params, parent: ParentRun) -> str:
     tags["ppo.reward_function"] = params.ppo.reward_function
     tags |= {f"{model}_model": register_product(root, client, name, model, tags) for model in PRODUCTS}
     version = _registered(client, name, tags)
-    is_new = version is None
     if version is None:
         mlflow.set_tracking_uri(parent.uri)
         mlflow.set_registry_uri(parent.uri)
@@ -110,8 +110,9 @@ def register_policy(root: Path, params: Params, parent: ParentRun) -> str:
         client.set_model_version_tag(name, version, key, value)
     client.set_registered_model_alias(name, ALIAS, version)
     client.set_tag(parent.run_id, "registered", f"{name}/{version}")
-    if is_new:
+    if ANNOUNCED not in client.get_model_version(name, version).tags:  # also after a death before this
         announce(name, version)
+        client.set_model_version_tag(name, version, ANNOUNCED, "true")
     return f"models:/{name}@{ALIAS} (version {version})"
 
 

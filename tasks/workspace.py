@@ -9,7 +9,16 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rlhf_core.config import Params, change_params, load_params, parse_overrides, profile_values
+from rlhf_core.config import (
+    Params,
+    change_params,
+    load_params,
+    parse_overrides,
+    parse_params,
+    profile_values,
+    put,
+    read_yaml,
+)
 from rlhf_core.errors import InputError, RLHFError
 from rlhf_core.layout import Layout
 
@@ -24,6 +33,14 @@ def resolve_params(root: Path, profile: str, overrides: Sequence[str]) -> Params
     values = profile_values(profile, root) if profile else {}
     values |= parse_overrides(overrides)
     return change_params(layout.params, values) if values else load_params(layout.params)
+
+
+def read_params(root: Path, overrides: Sequence[str]) -> Params:
+    """params.yaml as it lies in the checkout, with overrides for this command alone; nothing is written."""
+    path = Layout(root).params
+    tree = read_yaml(path)
+    put(tree, parse_overrides(overrides))
+    return parse_params(tree, f"{path} with {', '.join(overrides)}" if overrides else str(path))
 
 
 def check_workspace(root: Path) -> None:

@@ -31,7 +31,7 @@ from tasks.workspace import exclusive
 
 BRANCHES = "runs/"
 # What a branch keeps of a run. Everything else is in the DVC cache, by the hashes of dvc.lock.
-RECORDED = ("params.yaml", "dvc.lock", "reports")
+RECORDED = ("params.yaml", "dvc.lock", "reports", "data/feedback.dvc", "models/champion.dvc")
 # Who commits where git knows nobody.
 NOBODY = ("-c", "user.name=rlhf pipeline", "-c", "user.email=rlhf@localhost")
 

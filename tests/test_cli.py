@@ -205,3 +205,24 @@ def test_importing_the_package_loads_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_collect_and_collections_start_what_stands_above():
+    from typer.testing import CliRunner
+
+    started = []
+
+    def become(module, options):
+        started.append((module, options))
+        raise SystemExit
+
+    app = cli.typer.Typer()
+    cli.collecting_commands.add_to(app, become)
+    begin = ["collect", "--size", "5", "-S", "collect.samples=3"]
+    for words in (begin, ["collect", "--close", "x"], ["collections"]):
+        CliRunner().invoke(app, words)
+    assert started == [
+        ("flows.collect_feedback", ["--size", "5", "--choose", "keep", "-S", "collect.samples=3"]),
+        ("tasks.collections", ["--close", "x"]),
+        ("tasks.collections", []),
+    ]

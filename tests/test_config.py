@@ -72,7 +72,14 @@ def change(tree, key, value):
         ("ppo.kl_in", "loss", r"ppo.kl_estimator \(k1\) must be k2 or k3 where ppo.kl_in is loss"),
         ("ppo.dual_clip", 1.1, r"ppo.dual_clip \(1.1\) must be 0, or above 1 \+ ppo.cliprange_high \(0.2\)"),
         ("ppo.reward_function", "no colon", "ppo.reward_function = 'no colon'"),
+        ("ppo.start", "policy", "ppo.start = 'policy': Input should be 'sft' or 'champion'"),
+        ("retrain.min_votes", 0, "retrain.min_votes = 0: Input should be greater than 0"),
+        ("retrain.license", " ", "retrain.license = ' ': String should match pattern"),
+        ("retrain.agreement_share", 1.5, "retrain.agreement_share = 1.5: Input should be less than"),
         ("run.seed", -1, "run.seed = -1: Input should be greater than or equal to 0"),
+        ("collect.first", "best", "collect.first = 'best': String should match pattern"),
+        ("collect.samples", 1, "collect.samples = 1: Input should be greater than or equal to 2"),
+        ("collect.votes_wanted", 301, r"collect.votes_wanted \(301\) must not exceed the 300 votes"),
         ("ppo.learning_rate", float("nan"), "ppo.learning_rate = nan: Input should be"),
         ("sft.num_epochs", "many", "sft.num_epochs = 'many': Input should be a valid integer"),
     ],
@@ -81,6 +88,22 @@ def test_fault_names_key_value_and_rule(tree, key, value, message):
     change(tree, key, value)
     with pytest.raises(InputError, match=message):
         parse_params(tree, "params.yaml")
+
+
+def test_where_policies_disagree_there_must_be_two(tree):
+    tree["collect"] |= {"choose": "disagreement", "first": "candidate"}
+    with pytest.raises(InputError, match=r"collect.choose \(disagreement\) needs two policies"):
+        parse_params(tree, "params.yaml")
+    tree["collect"]["first"] = 7
+    assert parse_params(tree, "params.yaml").collect.first == "7"
+
+
+def test_votes_that_would_all_weigh_nothing_are_refused(tree):
+    tree["retrain"] |= {"new_weight": 0.0, "old_weight": 0.0}
+    with pytest.raises(InputError, match=r"retrain.new_weight \(0.0\) and .* must not both be 0"):
+        parse_params(tree, "params.yaml")
+    tree["retrain"]["labels"] = "ai"
+    assert parse_params(tree, "params.yaml").retrain.labels == "ai"
 
 
 def test_unknown_and_missing_keys_are_refused(tree):
@@ -150,15 +173,15 @@ def test_missing_file_is_named(tmp_path):
         load_params(tmp_path / "params.yaml")
 
 
-def test_profiles_set_the_same_keys_and_the_default_is_what_is_shipped(root, tree):
-    default, smoke = (profile_values(name, root) for name in ("default", "smoke"))
-    assert list(default) == list(smoke)
+def test_the_default_profile_takes_back_what_the_others_set_and_is_what_is_shipped(root, tree):
+    default, smoke, simulate = (profile_values(name, root) for name in ("default", "smoke", "simulate"))
+    assert set(default) == set(smoke) | set(simulate)
     for key, value in default.items():
         node = tree
         for part in key.split("."):
             node = node[part]
         assert node == value, key
-    with pytest.raises(InputError, match="there are: default, smoke"):
+    with pytest.raises(InputError, match="there are: default, simulate, smoke"):
         profile_values("big", root)
 
 

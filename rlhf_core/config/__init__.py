@@ -1,5 +1,6 @@
 """Every value a run can change: the sections of params.yaml, and the file that holds them."""
 
+from rlhf_core.config.collect import CollectConfig
 from rlhf_core.config.file import (
     change_params,
     flatten,
@@ -13,6 +14,7 @@ from rlhf_core.config.file import (
 )
 from rlhf_core.config.parts import SamplingConfig
 from rlhf_core.config.promotion import PromotionConfig
+from rlhf_core.config.retrain import RetrainConfig
 from rlhf_core.config.sections import (
     SCRATCH_CONTEXT,
     DataConfig,
@@ -29,9 +31,11 @@ from rlhf_core.config.sections import (
     SFTConfig,
     ValidateConfig,
 )
+from rlhf_core.config.simulate import SimulateConfig
 
 __all__ = [
     "SCRATCH_CONTEXT",
+    "CollectConfig",
     "DataConfig",
     "EvaluateConfig",
     "LoRAConfig",
@@ -41,11 +45,13 @@ __all__ = [
     "PreferencesConfig",
     "PretrainConfig",
     "PromotionConfig",
+    "RetrainConfig",
     "RewardConfig",
     "RunConfig",
     "SFTConfig",
     "SamplingConfig",
     "ScratchConfig",
+    "SimulateConfig",
     "ValidateConfig",
     "change_params",
     "flatten",

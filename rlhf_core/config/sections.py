@@ -16,8 +16,11 @@ from pydantic import (
     model_validator,
 )
 
+from rlhf_core.config.collect import CollectConfig
 from rlhf_core.config.parts import SamplingConfig, Section, check_target
 from rlhf_core.config.promotion import PromotionConfig
+from rlhf_core.config.retrain import RetrainConfig
+from rlhf_core.config.simulate import SimulateConfig
 
 
 class RunConfig(Section):
@@ -170,8 +173,8 @@ class SFTConfig(WatchedTraining):
 
 
 class PreferencesConfig(Section):
-    num_prompts: PositiveInt
-    num_eval_prompts: PositiveInt
+    num_prompts: NonNegativeInt
+    num_eval_prompts: NonNegativeInt
     responses_per_prompt: int = Field(ge=2)
     pairs_per_prompt: PositiveInt
     max_human_pairs: NonNegativeInt
@@ -215,6 +218,7 @@ class RewardConfig(WatchedTraining):
 
 
 class PPOConfig(TrainingSection):
+    start: Literal["sft", "champion"]
     num_updates: PositiveInt
     rollout_batch_size: PositiveInt
     samples_per_prompt: PositiveInt
@@ -348,6 +352,9 @@ class Params(Section):
     ppo: PPOConfig
     evaluate: EvaluateConfig
     promotion: PromotionConfig
+    collect: CollectConfig
+    retrain: RetrainConfig
+    simulate: SimulateConfig
     flow: FlowConfig
 
     @model_validator(mode="after")

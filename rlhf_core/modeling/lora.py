@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_core.config import LoRAConfig
+from rlhf_core.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -138,3 +139,27 @@ def read_adapter(directory: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     return load_file(directory / "adapter_model.safetensors")
+
+
+def check_fits(start: Path, base: Path, config: LoRAConfig) -> None:
+    """Raises InputError unless the adapter of the model `start` has the shape that training on `base` wants.
+
+    On the weights that it was trained on, `base` with the adapter is the model `start`. On other weights of
+    the same shape it is what `start` has learnt on top of its own base, put on this one.
+    """
+    path = start / "adapter" / "adapter_config.json"
+    if not path.is_file():
+        raise InputError(f"{start}: has no adapter, which model.finetuning = lora needs to start from it")
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    if (facts["r"], facts["lora_alpha"]) != (config.rank, config.alpha):
+        raise InputError(
+            f"{start}: its adapter has rank {facts['r']} and alpha {facts['lora_alpha']:g}; training asks "
+            f"for model.lora.rank {config.rank} and model.lora.alpha {config.alpha:g}"
+        )
+    shapes = [json.loads((at / "config.json").read_text(encoding="utf-8")) for at in (start, base)]
+    for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
+        if shapes[0].get(key) != shapes[1].get(key):
+            raise InputError(
+                f"{start}: {key} is {shapes[0].get(key)}, that of {base} is {shapes[1].get(key)}; its "
+                "adapter does not fit there"
+            )

@@ -19,14 +19,13 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
 def prepared_texts(layout: Layout) -> Iterator[str]:
-    """The training texts of the prepared data, one a turn."""
+    """The training texts of the prepared demonstrations, one a turn.
+
+    Not those of the pairs: these grow with people's votes, and another tokenizer would be another model.
+    """
     for row in read_rows(layout.prepared_file("demonstrations", "train")):
         yield row["prompt"]
         yield row["response"]
-    preferences = layout.prepared_file("preferences", "train")
-    if preferences.is_file():
-        for row in read_rows(preferences):
-            yield from (row["chosen"], row["rejected"])
 
 
 def make_scratch_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:

@@ -1,5 +1,9 @@
-"""Stage `ppo`: optimise the SFT policy against the reward model, with a KL price to the frozen SFT
-reference."""
+"""Stage `ppo`: optimise the policy against the reward model, with a KL price to the frozen SFT reference.
+
+The policy starts as the SFT model, or (`ppo.start` champion) where an earlier run's policy ended. The
+reference is the SFT model either way, so KL is the whole way from it, and price and budget hold over all
+runs together.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +32,7 @@ from rlhf_core.data.rows import read_rows
 from rlhf_core.errors import InputError
 from rlhf_core.labelers import FunctionLabeler, Labeler, make_labeler
 from rlhf_core.layout import Layout
-from rlhf_core.modeling import sharding
+from rlhf_core.modeling import lora, sharding
 from rlhf_core.modeling.loading import load_policy, load_tokenizer, read_provenance
 from rlhf_core.modeling.reward import (
     load_head,
@@ -68,10 +72,11 @@ def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
         tracker.dataset("demonstrations", file, "training")
     gold = make_labeler(params.evaluate.gold, params.evaluate.gold_target, params.run)
     sections = {"run", "model", "ppo"} | ({"sft"} if config.ptx_coef else set())
+    models = [layout.model(name) for name in sorted({"sft", config.start})]
     origin = {
         "params": params.model_dump(mode="json", include=sections),
         "inputs": inputs_digest(
-            [layout.model("sft"), *member_directories(layout.model("reward")), prompt_file, *mixed_in]
+            [*models, *member_directories(layout.model("reward")), prompt_file, *mixed_in]
         ),
     }
     checkpoints = Checkpoints(layout.run_dir("ppo") / "checkpoints", origin)
@@ -84,13 +89,13 @@ def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
 
 
 def open_actors(params: Params, layout: Layout) -> Actors:
-    """Actor and reference start from SFT, the critic from the first member of the reward model."""
-    sft, reward = layout.model("sft"), layout.model("reward")
+    """Reference: SFT. Critic: the first member of the reward model. Actor: what `ppo.start` says."""
+    sft, reward, start = (layout.model(name) for name in ("sft", "reward", params.ppo.start))
     members = member_directories(reward)
     roles: Roles
     if params.model.finetuning == "full":
         roles = FullRoles(load_tokenizer(sft), params)
-        roles.add("policy", path=sft)
+        roles.add("policy", path=start)
         roles.add(REFERENCE, path=sft, trained=False)
         if params.ppo.has_critic:
             roles.add("critic", path=reward)
@@ -99,7 +104,9 @@ def open_actors(params: Params, layout: Layout) -> Actors:
     else:
         model, tokenizer = load_policy(sft, params.run)
         roles = adapter_roles(model, tokenizer, params)
-        roles.add("policy", seed=params.run.seed)
+        if start != sft:
+            lora.check_fits(start, sft, params.model.lora)
+        roles.add("policy", seed=params.run.seed, start=None if start == sft else start)
         if params.ppo.has_critic:
             roles.add("critic", seed=0, start=reward)
         for i, directory in enumerate(members):
@@ -251,7 +258,7 @@ class Training:
 
     @torch.no_grad()
     def move_average(self) -> None:
-        """The average starts at the SFT policy, and follows the trained one."""
+        """The average starts where the policy does, and follows the trained one."""
         for mean, parameter in zip(self.average, self.actors.policy_parameters(), strict=bool(self.average)):
             mean.lerp_(parameter, 1.0 - self.config.ema_decay)
 

@@ -82,7 +82,7 @@ def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
         metrics |= _split_metrics(split, len(prompts[split]), rows, human, counts)
         if not outputs[split]:
             raise InputError(
-                f"preferences: no {split} pair: no two answers to one prompt differ by "
+                f"preferences: no {split} pair: of {len(prompts[split])} prompts no two answers differ by "
                 f"preferences.min_margin = {config.min_margin}, or preferences.balance_length dropped "
                 f"{counts['unbalanced']}, and there are no human pairs"
             )
@@ -94,13 +94,14 @@ def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
 
 
 def _choose_prompts(params: Params, layout: Layout, split: str) -> list[Row]:
-    """As many prompts as asked for, or all; chosen by seed. Raises InputError when there is none."""
+    """As many prompts as asked for, or all; chosen by seed. Raises InputError when none is there."""
     path = layout.prepared_file("prompts", split)
-    rows = read_rows(path)
-    if not rows:
-        raise InputError(f"{path}: no {split} prompts; the preferences stage needs at least one")
     config = params.preferences
-    return choose(rows, config.num_prompts if split == "train" else config.num_eval_prompts, params.run.seed)
+    wanted = config.num_prompts if split == "train" else config.num_eval_prompts
+    rows = read_rows(path)
+    if wanted and not rows:
+        raise InputError(f"{path}: no {split} prompts; the preferences stage needs at least one")
+    return choose(rows, wanted, params.run.seed)
 
 
 def choose(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
@@ -111,7 +112,10 @@ def choose(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
 def _answer(
     params: Params, layout: Layout, prompts: Sequence[Row], tracker: Tracker
 ) -> list[list[Generation]]:
+    """The answers to each prompt; no model is opened for no prompts."""
     config = params.preferences
+    if not prompts:
+        return []
     model, tokenizer = load_policy(layout.model("sft"), params.run)
     own = generate(
         model,
@@ -237,6 +241,8 @@ def _split_metrics(
 def _answer_metrics(
     answers: Sequence[Generation], scored: Sequence[Sequence[tuple[str, float]]]
 ) -> dict[str, float]:
+    if not answers:
+        return {"preferences/num_answers": 0}
     scores = [score for group in scored for _, score in group]
     return {
         "preferences/num_answers": len(answers),

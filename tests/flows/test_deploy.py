@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from prefect import flow
 from prefect.automations import Automation
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.schedules import CronSchedule
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.states import Completed, Running, Scheduled
 from prefect.testing.utilities import prefect_test_harness
 
-from flows import automations, deploy
+from flows import automations, deploy, retraining, slots
+from tasks.schedule import covered_by
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +88,57 @@ def test_every_run_of_a_deployment_that_has_not_ended_is_asked_for_a_sign_of_lif
     ((name, resource),) = sent
     assert name == "prefect.flow-run.heartbeat"
     assert resource["prefect.resource.id"] == f"prefect.flow-run.{runs[0].id}"
+
+
+@pytest.fixture(scope="module")
+def retraining_deployment(client, deployment, root):
+    for _ in range(2):
+        retraining.deploy_all(root)
+    return client.read_deployment_by_name("retrain/retrain")
+
+
+def test_retraining_runs_one_at_a_time_and_starts_when_a_collection_is_done(client, retraining_deployment):
+    limit = retraining_deployment.global_concurrency_limit
+    assert limit.limit == 1
+    assert retraining_deployment.concurrency_options.collision_strategy == "ENQUEUE"
+    found = Automation.read(name=retraining.NAME)
+    assert found.trigger.expect == {"rlhf.feedback.ready"}
+    (action,) = found.actions
+    assert (action.type, action.deployment_id) == ("run-deployment", retraining_deployment.id)
+
+
+def test_slots_of_a_schedule_are_seen_as_the_server_has_them(client, retraining_deployment):
+    """Runs made by the server's own scheduler: two missed, one that began, one skipped, one by hand."""
+    first = datetime.now(UTC).replace(minute=0, second=0, microsecond=0) - timedelta(hours=4)
+    client.create_deployment_schedules(retraining_deployment.id, [(CronSchedule(cron="0 * * * *"), True)])
+    body = {"start_time": first.isoformat(), "end_time": (first + timedelta(hours=3)).isoformat()}
+    answer = client.request(
+        "POST",
+        "/deployments/{id}/schedule",
+        path_params={"id": retraining_deployment.id},
+        json=body | {"min_runs": 3, "max_runs": 3},
+    )
+    answer.raise_for_status()
+    wanted = {"deployment_id": {"any_": [str(retraining_deployment.id)]}}
+    due = client.read_flow_runs(
+        flow_run_filter=FlowRunFilter.model_validate(wanted), sort=FlowRunSort.EXPECTED_START_TIME_ASC
+    )
+    one, two, three = due[:3]
+    by_hand = client.create_flow_run_from_deployment(retraining_deployment.id)
+    for run, states in (
+        (one, (Running(), Completed())),
+        (two, (Running(), Completed(name="Skipped"))),
+        (three, (Running(),)),
+        (by_hand, (Running(),)),
+    ):
+        for state in states:
+            client.set_flow_run_state(run.id, state, force=True)
+    own, others = slots.seen_by(three.id, retraining_deployment.id)
+    assert own.due == three.expected_start_time
+    assert own.by_itself
+    by_id = {found.run: found for found in others}
+    assert by_id[str(one.id)].state == "done"
+    assert by_id[str(two.id)].state == "skipped"
+    assert by_id[str(by_hand.id)].by_itself is False
+    assert covered_by(own, others).run == str(one.id), "missed together, and the first did the work"
+    assert covered_by(*slots.seen_by(by_hand.id, retraining_deployment.id)) is None

@@ -233,6 +233,21 @@ def test_stage_needs_prompts(small, layout):
         run(small, layout)
 
 
+def test_no_prompts_give_the_pairs_of_people_alone_and_open_no_model(small, layout):
+    none = small.preferences.model_copy(
+        update={"num_prompts": 0, "num_eval_prompts": 0, "max_human_pairs": 9, "keep_ties": True}
+    )
+    shutil.rmtree(layout.model("sft"))
+    metrics = run(small.model_copy(update={"preferences": none}), layout)
+    for split in ("train", "eval"):
+        there = read_rows(layout.prepared_file("preferences", split))
+        made = read_rows(layout.preferences / f"{split}.parquet")
+        assert sorted(row["row"] for row in made) == sorted(row["row"] for row in there)
+        assert {row["source"] for row in made} == {"human:unit.jsonl"}
+        assert metrics[f"preferences/num_ai_pairs_{split}"] == 0
+    assert metrics["preferences/num_answers"] == 0
+
+
 def test_a_labeler_that_cannot_work_costs_no_generation(small, layout):
     absent = small.preferences.model_copy(update={"labeler_target": "absent_module:f"})
     shutil.rmtree(layout.model("sft"))

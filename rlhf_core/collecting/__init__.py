@@ -1,0 +1,1 @@
+"""What people are asked: which prompts, whose answers, and which of them tell most."""
