@@ -60,7 +60,8 @@ QUIET = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 
-BENCHMARKS = {"generation": "speed", "growth": "growth", "peers": "peers"}  # modules of benchmarks/
+# Modules of benchmarks/.
+BENCHMARKS = {"generation": "speed", "growth": "growth", "peers": "peers", "run": "default_run"}
 PARENT_DEATH_VARIABLE = "RLHF_DIE_WITH_PARENT"
 PR_SET_PDEATHSIG = 1
 INTERRUPTED = 130
@@ -176,7 +177,7 @@ def up(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
 )
 def bench(context: typer.Context) -> None:
-    """Measure speed in this checkout: `bench generation`, `bench growth` or `bench peers CASE ...`."""
+    """Measure speed in this checkout: `bench generation`, `growth`, `peers CASE ...` or `run`."""
     part, *options = context.args or ["--help"]
     if part not in BENCHMARKS:
         raise InputError(
