@@ -61,7 +61,14 @@ QUIET = {
 }
 
 # Modules of benchmarks/.
-BENCHMARKS = {"generation": "speed", "growth": "growth", "peers": "peers", "run": "default_run"}
+BENCHMARKS = {
+    "generation": "speed",
+    "growth": "growth",
+    "peers": "peers",
+    "startup": "startup",
+    "run": "default_run",
+    "all": "everything",
+}
 PARENT_DEATH_VARIABLE = "RLHF_DIE_WITH_PARENT"
 PR_SET_PDEATHSIG = 1
 INTERRUPTED = 130
@@ -177,7 +184,7 @@ def up(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
 )
 def bench(context: typer.Context) -> None:
-    """Measure speed in this checkout: `bench generation`, `growth`, `peers CASE ...` or `run`."""
+    """Measure speed in this checkout: `bench generation`, growth, `peers CASE ...`, startup, run or all."""
     part, *options = context.args or ["--help"]
     if part not in BENCHMARKS:
         raise InputError(
