@@ -72,10 +72,9 @@ format: $(VENV)/.installed-dev  ## put the code into the house style
 	@ruff check --fix .
 	@ruff format .
 
-bench: $(VENV)/.installed  ## generation beside transformers, and how cost grows with length, batch and model
+bench: $(VENV)/.installed  ## all measurements of speed, about an hour: peers, generation, growth, start-up, a whole run
 	@dvc repro -q base prepare
-	@rlhf bench generation
-	@rlhf bench growth
+	@rlhf bench all
 
 bench-peers: $(VENV)/.installed  ## training beside TRL's, which gets environments of its own
 	@dvc repro -q base prepare

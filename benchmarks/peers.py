@@ -2,8 +2,8 @@
 
 PPO beside 1.12.0, the last release that has it; SFT and reward model beside 1.16.0. Each engine is a process
 of its own, TRL in its own environment, on the same model, rows, lengths, batch, epochs, optimiser and
-precision. They alternate, since only ratios mean anything on a shared machine. Needs models/base and
-data/prepared (`dvc repro base prepare`).
+precision. They alternate, since only ratios mean anything on a shared machine, and the table says how much of
+its processors others took meanwhile. Needs models/base and data/prepared (`dvc repro base prepare`).
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -148,10 +150,19 @@ def supervised_rows(case: Supervised, batches: int, layout: Layout) -> dict[str,
 def run(python: Path, engine: str, case: Path) -> Result:
     """One run of an engine. Raises CalledProcessError when it fails."""
     env = os.environ | {"PYTHONPATH": str(Path.cwd()) if engine.startswith("our") else ""}
+    began, started = _processor_seconds(), time.monotonic()
     done = subprocess.run(
         [str(python), str(ENGINES / f"{engine}.py"), str(case)], env=env, stdout=subprocess.PIPE, check=True
     )
-    return json.loads(done.stdout.decode().splitlines()[-1])
+    others = _processor_seconds() - began
+    share = max(0.0, others) / (time.monotonic() - started) / (os.cpu_count() or 1)
+    return json.loads(done.stdout.decode().splitlines()[-1]) | {"others": share}
+
+
+def _processor_seconds() -> float:
+    """What the machine's processors have worked so far, less what the ended children of this process did."""
+    times, own = psutil.cpu_times(), os.times()
+    return times.user + times.nice + times.system - own.children_user - own.children_system
 
 
 def compare(
@@ -187,6 +198,7 @@ def add_rows(table: Table, case: Case | Supervised, found: dict[str, list[Result
             f"{max(result['peak_gib'] for result in results):.1f}",
             shares,
             ", ".join(f"{name} {spent:.1f}" for name, spent in phases.items()),
+            f"{max(result['others'] for result in results):.0%}",
         )
 
 
@@ -202,7 +214,7 @@ def main() -> None:
     device = resolve_device(params.run)
     table = Table(title="One batch; tokens of answers in PPO, of prompts and answers elsewhere")
     columns = ("case", "engine", "seconds (range)", "tokens/s", "ratio", "peak GiB", "share of ceiling")
-    for column in (*columns, "seconds by phase"):
+    for column in (*columns, "seconds by phase", "other work here"):
         table.add_column(column)
     for name in options.cases:
         case = CASES[name]

@@ -68,6 +68,9 @@ BENCHMARKS = {  # modules of benchmarks/
     "peers": "peers",
     "serving": "serving",
     "feedback": "load",
+    "startup": "startup",
+    "run": "default_run",
+    "all": "everything",
 }
 PARENT_DEATH_VARIABLE = "RLHF_DIE_WITH_PARENT"
 PR_SET_PDEATHSIG = 1
@@ -184,7 +187,7 @@ def up(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
 )
 def bench(context: typer.Context) -> None:
-    """Measure speed in this checkout: `bench generation, growth, serving, feedback, or peers CASE ...`."""
+    """Measure speed in this checkout: generation, growth, `peers CASE ...`, serving, startup, run, all."""
     part, *options = context.args or ["--help"]
     if part not in BENCHMARKS:
         raise InputError(

@@ -35,7 +35,7 @@ class Tracker:
         self.warnings: dict[str, str] = {}
         self._writer = writer
         self._bar: tqdm | None = None
-        self._last_progress = 0.0
+        self.first_progress = self.last_progress = 0.0  # when, by the monotonic clock; 0 before there was any
         run_dir.mkdir(parents=True, exist_ok=True)
         names = ("history.jsonl", "progress.json", "warnings.json")
         for leftover in (*(run_dir / name for name in names), *run_dir.glob("*.table.json")):
@@ -97,8 +97,9 @@ class Tracker:
             )
         self._bar.set_postfix_str(note, refresh=False)
         self._bar.update(done - self._bar.n)
-        if done >= total or time.monotonic() - self._last_progress > 1.0:
-            self._last_progress = time.monotonic()
+        self.first_progress = self.first_progress or time.monotonic()
+        if done >= total or time.monotonic() - self.last_progress > 1.0:
+            self.last_progress = time.monotonic()
             state = {"stage": self.stage, "done": done, "total": total, "note": note}
             partial = self.run_dir / "progress.json.partial"
             partial.write_text(json.dumps(state), encoding="utf-8")

@@ -64,7 +64,11 @@ def test_batch_size_that_does_not_divide(workspace, capsys):
 def test_unknown_benchmark(workspace, capsys, arguments):
     status, said = fails(capsys, *arguments)
     assert status == 2
-    assert "name one of generation, growth, peers" in said
+    assert "name one of generation, growth, peers, startup, run, all" in said
+
+
+def test_benchmarks_have_their_modules(root):
+    assert all((root / "benchmarks" / f"{module}.py").is_file() for module in cli.BENCHMARKS.values())
 
 
 def test_benchmarks_are_the_checkouts(workspace, capsys):

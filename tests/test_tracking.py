@@ -15,7 +15,15 @@ from rlhf_core.config import change_params, load_params
 from rlhf_core.errors import InputError
 from rlhf_core.layout import Layout
 from rlhf_core.mlflow_writer import EXPERIMENT, MlflowWriter, open_client, registered_model_dir
-from rlhf_core.stages.runner import history_csv, open_tracker, open_writer, round_metrics, run_stage
+from rlhf_core.stages.runner import (
+    around_work,
+    history_csv,
+    open_tracker,
+    open_writer,
+    round_metrics,
+    run_stage,
+)
+from rlhf_core.tracking import Tracker
 from rlhf_core.tracking_spool import SpoolFollower
 
 
@@ -47,7 +55,21 @@ def test_stage_is_a_run_with_parameters_metrics_and_steps(layout):
     assert run.info.status == "FINISHED"
     assert run.data.params["data.eval_fraction"] == "0.2"
     assert run.data.metrics["prepare/demonstrations_read"] == 60
-    assert run.data.metrics["perf/seconds"] > 0
+    found = run.data.metrics
+    assert 0.0 < found["perf/loading_seconds"] + found["perf/saving_seconds"] <= found["perf/seconds"]
+    assert found["perf/starting_seconds"] > 0.0  # since this process began
+
+
+def test_time_of_a_stage_is_told_apart_by_its_progress(layout, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    tracker = Tracker("sft", layout.run_dir("sft"))
+    assert around_work(tracker, started=100.0) == {}  # it told of no progress
+    for now, done in ((103.0, 0), (110.0, 1), (115.5, 2)):  # noqa: B007 - the clock reads it
+        tracker.progress(done, 2)
+    tracker.close_bar()
+    now = 117.0
+    assert around_work(tracker, started=100.0) == {"perf/loading_seconds": 3.0, "perf/saving_seconds": 1.5}
 
 
 def test_metrics_keep_their_steps_and_samples_their_rows(layout):

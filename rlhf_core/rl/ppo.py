@@ -36,12 +36,13 @@ def ppo_step(
     `mix` adds to the policy's gradient what else it should learn, and gives that loss.
     """
     metrics: dict[str, float] = {}
-    if policy_optimizer is not None:
-        objective = partial(_policy_objective, actors, config=config, kl_coef=kl_coef)
-        metrics |= _step(actors, policy_optimizer, minibatch, config, "policy", objective, mix)
+    # The critic first: what the rollout kept of its pass then needs no memory beside the policy's own.
     if critic_optimizer is not None:
         objective = partial(_value_objective, actors, config=config)
         metrics |= _step(actors, critic_optimizer, minibatch, config, "value", objective)
+    if policy_optimizer is not None:
+        objective = partial(_policy_objective, actors, config=config, kl_coef=kl_coef)
+        metrics |= _step(actors, policy_optimizer, minibatch, config, "policy", objective, mix)
     return metrics
 
 
@@ -74,8 +75,9 @@ def _value_objective(
     actors: Actors, part: Rollout, batch: TokenBatch, *, config: PPOConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The critic's loss, and metrics: sums over response tokens."""
+    values = actors.kept_values.take(part, actors.critic_parameters())
     loss, stats = value_loss(
-        actors.values(batch),
+        actors.values(batch) if values is None else values,
         part.values,
         part.returns,
         part.response_mask,

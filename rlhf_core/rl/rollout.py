@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from rlhf_core.modeling.logprobs import response_hidden, scatter_to_mask, token_
 from rlhf_core.modeling.reward import RewardScorer, ScalarHead
 from rlhf_core.modeling.roles import REFERENCE, Roles
 from rlhf_core.rl.advantages import gae, grpo, rewards_to_go, rloo, token_rewards
+from rlhf_core.rl.kept import KeptValues
 from rlhf_core.rl.kl import kl_estimate
 from rlhf_core.rl.rewards import Messages, RewardFunction, ScoreShaper, reward_parts
 from rlhf_core.rl.tensor_ops import masked_mean, masked_sum, masked_var, whiten
@@ -30,6 +31,7 @@ class Actors:
     value_head: ScalarHead | None
     scorer: RewardScorer
     reward_function: RewardFunction | None = None
+    kept_values: KeptValues = field(default_factory=KeptValues)
 
     def policy_parameters(self) -> list[nn.Parameter]:
         return self.roles.parameters("policy")
@@ -243,10 +245,11 @@ def _with_forwards(actors: Actors, rollout: Rollout, config: PPOConfig) -> Rollo
     temperature = config.sampling.temperature
     filled = {name: torch.zeros_like(rollout.logprobs) for name in ("logprobs", "ref_logprobs", "values")}
     for rows in rollout.micro_batch_rows(config.micro_batch_size):
-        batch = rollout.select(rows).batch(actors.roles.tokenizer.pad_token_id)
+        part = rollout.select(rows)
+        batch = part.batch(actors.roles.tokenizer.pad_token_id)
         found = {
             "ref_logprobs": actors.logprobs(REFERENCE, batch, temperature)[0],
-            "values": actors.values(batch),
+            "values": _values(actors, part, batch, config),
         }
         if config.old_logprobs == "trainer":
             found["logprobs"] = actors.logprobs("policy", batch, temperature)[0]
@@ -255,6 +258,17 @@ def _with_forwards(actors: Actors, rollout: Rollout, config: PPOConfig) -> Rollo
     if config.old_logprobs == "generation":
         filled["logprobs"] = scatter_to_mask(rollout.drawn_logprobs, rollout.response_mask)
     return replace(rollout, **filled)
+
+
+def _values(actors: Actors, part: Rollout, batch: TokenBatch, config: PPOConfig) -> Tensor:
+    """The critic's values; its pass is kept where the first step will see the same episodes in one pass."""
+    whole = min(config.minibatch_size, config.micro_batch_size) >= config.rollout_batch_size
+    if not whole or actors.value_head is None or ranks.count() > 1:
+        return actors.values(batch)
+    with torch.enable_grad():
+        values = actors.values(batch)
+    actors.kept_values.keep(part, values, actors.critic_parameters())
+    return values.detach()
 
 
 def with_advantages(

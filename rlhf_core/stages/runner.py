@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import psutil
+
 from rlhf_core import ranks
 from rlhf_core.atomic import write_text
 from rlhf_core.config import Params, flatten
@@ -42,18 +44,30 @@ def run_stage(stage: str, params: Params, layout: Layout) -> dict[str, float]:
             return module.run(params, layout, SilentTracker(stage, layout.run_dir(stage)))
     run_dir = layout.run_dir(stage)
     (run_dir / "failure.json").unlink(missing_ok=True)
-    started = time.perf_counter()
+    starting = time.time() - psutil.Process().create_time()
+    started = time.monotonic()
     with open_tracker(stage, params, layout) as tracker, ranks.together():
         metrics = module.run(params, layout, tracker)
         if tracker.history:
             write_text(layout.history(stage), history_csv(tracker.history))
         write_text(layout.metrics(stage), json.dumps(round_metrics(metrics), indent=2) + "\n")
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
-        tracker.log_perf({"perf/seconds": time.perf_counter() - started, "perf/peak_memory_gib": peak})
+        tracker.log_perf({"perf/seconds": time.monotonic() - started, "perf/peak_memory_gib": peak})
+        tracker.log_perf({"perf/starting_seconds": starting} | around_work(tracker, started))
         tracker.log_perf({"perf/num_processes": ranks.count()})
         tracker.final(metrics)
         write_text(run_dir / "perf.json", json.dumps(tracker.perf, indent=2))
     return metrics
+
+
+def around_work(tracker: Tracker, started: float) -> dict[str, float]:
+    """Seconds before the first progress of a stage that `started` (monotonic) then, and after the last."""
+    if not tracker.first_progress:
+        return {}
+    return {
+        "perf/loading_seconds": tracker.first_progress - started,
+        "perf/saving_seconds": time.monotonic() - tracker.last_progress,
+    }
 
 
 @contextmanager

@@ -103,6 +103,73 @@ def test_cut_into_micro_batches_changes_no_gradient(actors, config, micro_batch_
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.fixture
+def one_pass(config):
+    """One step that sees all episodes of a rollout in one pass."""
+    return config.model_copy(update={"minibatch_size": 16, "micro_batch_size": 16, "num_ppo_epochs": 1})
+
+
+def critic_passes(actors, monkeypatch):
+    """Counts the critic's passes from now on."""
+    passes = []
+    plain = actors.roles.hidden
+
+    def counted(role, *inputs):
+        passes.append(role)
+        return plain(role, *inputs)
+
+    monkeypatch.setattr(actors.roles, "hidden", counted)
+    return lambda: passes.count("critic")
+
+
+def after_an_update(actors, rollout, config):
+    steps = [torch.optim.SGD(p, lr=1.0) for p in (actors.policy_parameters(), actors.critic_parameters())]
+    metrics = update(actors, *steps, rollout, config, seed=5)
+    return metrics, [p.detach().clone() for p in actors.critic_parameters()]
+
+
+def test_values_pass_of_a_rollout_serves_the_step_that_sees_it_whole(tiny_model_dir, one_pass, monkeypatch):
+    found = []
+    for kept in (True, False):
+        actors = make_actors(tiny_model_dir)
+        passes = critic_passes(actors, monkeypatch)
+        rollout = collect(actors, CHATS, one_pass, seed=1)
+        assert not rollout.values.requires_grad
+        if not kept:
+            actors.kept_values.take(rollout, actors.critic_parameters())
+        found.append(after_an_update(actors, rollout, one_pass))
+        assert passes() == (1 if kept else 2)
+    (metrics, weights), (plain, plain_weights) = found
+    assert metrics == pytest.approx(plain, rel=1e-4, abs=1e-6)
+    assert metrics["value/grad_norm"] > 0.0
+    for a, b in zip(weights, plain_weights):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", ["minibatch_size", "micro_batch_size"])
+def test_values_pass_is_not_kept_for_a_part_of_the_rollout(actors, one_pass, monkeypatch, size):
+    passes = critic_passes(actors, monkeypatch)
+    config = one_pass.model_copy(update={size: 8})
+    after_an_update(actors, collect(actors, CHATS, config, seed=1), config)
+    assert passes() == (4 if size == "micro_batch_size" else 3)
+
+
+def test_kept_values_are_taken_for_the_weights_and_episodes_they_are_of(actors, one_pass):
+    rollout = collect(actors, CHATS, one_pass, seed=1)
+    taken = actors.kept_values.take(rollout.select(range(15, -1, -1)), actors.critic_parameters())
+    torch.testing.assert_close(taken.detach(), rollout.values.flip(0))
+    assert actors.kept_values.take(rollout, actors.critic_parameters()) is None  # once
+
+    rollout = collect(actors, CHATS, one_pass, seed=1)
+    with torch.no_grad():
+        actors.critic_parameters()[0].mul_(1.5)
+    assert actors.kept_values.take(rollout, actors.critic_parameters()) is None
+
+    collect(actors, CHATS, one_pass, seed=1)
+    other = collect(actors, CHATS, one_pass.model_copy(update={"minibatch_size": 8}), seed=2)
+    assert actors.kept_values.take(other, actors.critic_parameters()) is None
+
+
 def test_rollout_scores_and_masks_belong_to_their_answers(actors, config):
     rollout = collect(actors, CHATS, config, seed=2)
     lengths = [len(answer.token_ids) for answer in rollout.answers]
