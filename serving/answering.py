@@ -112,7 +112,7 @@ class Answering:
 
 
 def _fitted(wanted: Wanted, prompt: int, context: int) -> Wanted:
-    """The request with an answer that fits behind its prompt. Raises ApiError when it asks for a longer one."""
+    """The request with an answer that fits behind its prompt. Raises ApiError when that is too short."""
     tokens, left = wanted.sampling.max_new_tokens, context - prompt
     least = tokens if wanted.says_length else 1
     if tokens <= left:
