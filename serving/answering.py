@@ -112,14 +112,15 @@ class Answering:
 
 
 def _fitted(wanted: Wanted, prompt: int, context: int) -> Wanted:
-    """The request with an answer that fits behind its prompt. Raises ApiError when the one asked for does not."""
+    """The request with an answer that fits behind its prompt. Raises ApiError when that is too short."""
     tokens, left = wanted.sampling.max_new_tokens, context - prompt
+    least = tokens if wanted.says_length else 1
     if tokens <= left:
         return wanted
     if left > 0 and not wanted.says_length:
         return replace(wanted, sampling=wanted.sampling.model_copy(update={"max_new_tokens": left}))
     raise bad(
         "messages",
-        f"{prompt} tokens, with {tokens if wanted.says_length else 1} of the answer, must be at most {context}",
+        f"{prompt} tokens, with {least} of the answer, must be at most {context}",
         "context_length_exceeded",
     )

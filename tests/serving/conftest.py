@@ -84,10 +84,9 @@ class Server:
 
     def chat(self, messages=HELLO, *, headers=None, **values):
         body = {"messages": messages, "max_tokens": 16, "seed": 1} | values
-        kind = {"Content-Type": "application/json"}  # not httpx's own JSON, which refuses what we do
-        return self.http.post(
-            "/v1/chat/completions", content=json.dumps(body), headers=kind | (headers or {})
-        )
+        # Not httpx's own JSON, which refuses half a surrogate pair itself.
+        headers = {"Content-Type": "application/json"} | (headers or {})
+        return self.http.post("/v1/chat/completions", content=json.dumps(body), headers=headers)
 
     def events(self, messages=HELLO, *, headers=None, **values):
         """The bodies of a stream, and whether it ended as it should."""
