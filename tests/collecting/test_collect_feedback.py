@@ -317,7 +317,9 @@ def test_collections_are_listed_and_closed(home, store, capsys, monkeypatch):
     project = collect_feedback(overrides=["collect.votes_wanted=2"])
     vote(store, project)
     collections.list_all(home)
-    assert all(word in capsys.readouterr().out for word in (project, "open", "1 of 2", f"{NAME}/1"))
+    said = capsys.readouterr().out
+    assert said.startswith(f"{project}  open  1 of 2 votes  until 20")
+    assert said.endswith(f"  random  {NAME}/1\n")
     collections.close(home, project)
     assert "closed with 1 of 2 votes" in capsys.readouterr().out
     collections.close(home, project)
@@ -351,7 +353,7 @@ def test_looks_that_were_missed_are_not_made_up_for(home, server):
         )
         for m in (-30, 30)
     )
-    assert watching.skip_missed(watch.id) == 1
+    assert watching.skip_missed(watch.id) >= 1
     left = {run.id for run in server.read_flow_runs()}
     assert early.id not in left
     assert late.id in left
