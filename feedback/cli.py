@@ -227,10 +227,12 @@ def export_command(
 
     store = _open(database)
     found = gather(store, project_id)
-    write_whole(file, text_of(found, form, RowRules.model_validate({"ties": ties.value})))
+    text = text_of(found, form, RowRules.model_validate({"ties": ties.value}))
+    write_whole(file, text)
     payload = {"project": project_id, "votes": len(found.votes), "to": str(file)}
     store.log("system", EventType.EXPORTED, payload)
-    typer.echo(f"{file}: {len(found.items)} items, {len(found.votes)} votes")
+    rows = f"{text.count(chr(10))} rows of " if form in (Export.ROWS, Export.TRL) else ""
+    typer.echo(f"{file}: {rows}{len(found.items)} items, {len(found.votes)} votes")
 
 
 @app.command()

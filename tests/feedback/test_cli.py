@@ -114,6 +114,9 @@ def test_rows_hold_what_training_takes_by_hand(here):
     assert len(first["annotators"]) == 3
     assert (second["chosen"], second["probability"]) == ("a", round((1 + 0.5 + 0.5) / 3, 6))
     assert [row["prompt"] for row in exported("--format", "rows", "--ties", "drop")] == ["q0"]
+    assert "1 rows of 2 items, 6 votes" in run(
+        "export", "p", "out.jsonl", "--format", "rows", "--ties", "drop"
+    )
     (plain,) = exported("--format", "trl")
     assert plain == {
         "prompt": [{"role": "user", "content": "q0"}],

@@ -46,8 +46,8 @@ def write_everywhere(store, attack):
     ask = [{"role": "system", "content": attack}, {"role": "user", "content": attack}]
     for kind, count in (("critique", 1), ("pairwise", 2), ("ranking", 3), ("correction", 1), ("rating", 1)):
         rules = {"overlap_votes": 2, "overlap_share": 1.0, "guidelines": attack, "name": attack[:200]}
-        criteria = (attack,) if kind == "rating" else ()
-        responses = [{"text": f"{attack} {k}", "policy": attack} for k in range(count)]
+        criteria = (attack[:200],) if kind == "rating" else ()
+        responses = [{"text": f"{attack} {k}", "policy": attack[:500]} for k in range(count)]
         rows = [
             Item(id=f"{kind}-{n}", project=kind, kind=kind, messages=ask, responses=responses) for n in "123"
         ]
@@ -63,7 +63,13 @@ def write_everywhere(store, attack):
         act(store, ann, assignment.next_item(store, ann, "pairwise").item.id, attack)
 
 
-@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize(
+    "attack",
+    [
+        pytest.param("\n\n".join(ATTACKS), id="all"),
+        *(pytest.param(one, id=str(n), marks=pytest.mark.slow) for n, one in enumerate(ATTACKS)),
+    ],
+)
 def test_what_strangers_write_runs_nothing_and_loads_nothing_on_any_page(
     browser, service, real_store, visit, attack
 ):
