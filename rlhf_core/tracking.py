@@ -93,7 +93,12 @@ class Tracker:
         if self._bar is None or self._bar.total != total:
             self.close_bar()
             self._bar = tqdm(
-                total=total, desc=self.stage, file=sys.stderr, dynamic_ncols=True, mininterval=1.0
+                total=total,
+                initial=done,  # a training that is taken up again: the time left is from here on
+                desc=self.stage,
+                file=sys.stderr,
+                dynamic_ncols=True,
+                mininterval=1.0,
             )
         self._bar.set_postfix_str(note, refresh=False)
         self._bar.update(done - self._bar.n)

@@ -224,3 +224,11 @@ def test_runs_that_are_the_first_at_once_make_one_store(tmp_path, root):
     assert {process.communicate(timeout=120)[0].strip() for process in processes} == {"1"}
     assert [process.returncode for process in processes] == [0, 0, 0]
     assert (tmp_path / "mlflow.db").is_file()
+
+
+def test_the_bar_of_a_training_taken_up_again_begins_where_it_goes_on(tmp_path, capfd):
+    """From 0 it would take the steps of the attempt before for work of a moment, and say too short a time."""
+    tracker = Tracker("sft", tmp_path)
+    tracker.progress(40, 100)
+    tracker.close_bar()
+    assert "40/100 [" in capfd.readouterr().err.split("\r")[1]
