@@ -131,7 +131,7 @@ def forget_remotes(checkout: Path) -> None:
     from dvc.config import Config
 
     with Config(str(checkout / ".dvc"), validate=False).edit("repo") as config:
-        config.pop("remote", None)
+        config["remote"] = {}
         config.get("core", {}).pop("remote", None)
 
 
