@@ -93,7 +93,7 @@ def draw(rounds: Sequence[Round], live: Sequence[Mapping[str, float]], path: Pat
         fmt="o",
         color="#d55e00",
         capsize=4,
-        label="candidate, 95 % interval",
+        label="candidate, with its interval",
     )
     axes.set_xticks(numbers)
     axes.set_xticklabels([f"{one.number}\n{one.votes} votes" for one in rounds])
