@@ -19,7 +19,7 @@ from feedback.records import Item, TaskKind
 from feedback.rows import TIE, group_of
 from feedback.units import Unit, criterion
 
-LABELS = ("a", "b", "tie")
+ALL = "all"
 
 
 @dataclass(frozen=True)
@@ -111,10 +111,18 @@ def label_of(first: float, second: float, min_margin: float) -> str:
 
 
 def agreements(found: Sequence[Comparison], labels: Sequence[str]) -> list[Agreement]:
-    """By project and criterion; `labels` are the labeler's, in the order of the comparisons."""
+    """By project and criterion, and by criterion over `ALL` projects where one has several.
+
+    `labels` are the labeler's, in the order of the comparisons.
+    """
     by_name: dict[tuple[str, str], list[tuple[Comparison, str]]] = {}
+    projects: dict[str, set[str]] = {}
+    for comparison in found:
+        projects.setdefault(comparison.criterion, set()).add(comparison.project)
     for comparison, label in zip(found, labels, strict=True):
-        by_name.setdefault((comparison.project, comparison.criterion), []).append((comparison, label))
+        several = [ALL] if len(projects[comparison.criterion]) > 1 else []
+        for project in [comparison.project, *several]:
+            by_name.setdefault((project, comparison.criterion), []).append((comparison, label))
     return [_agreement(project, name, rows) for (project, name), rows in sorted(by_name.items())]
 
 

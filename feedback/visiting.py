@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import html.parser
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import httpx
@@ -111,7 +110,7 @@ def read_page(text: str) -> Page | None:
     return page
 
 
-def form_of(value: Record, criteria: tuple[str, ...] = ()) -> Mapping[str, str]:
+def form_of(value: Record, criteria: tuple[str, ...] = ()) -> dict[str, str]:
     """The fields by which a page sends `value`, whose responses are numbered by position."""
     if isinstance(value, Choice):
         if value.choice in ("tie", "bad"):

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from feedback.simulate import SimulatedAnnotator
 from flows import own_server
 
 if "--collect" in sys.argv:
@@ -131,9 +132,8 @@ def accounts(store, name: str) -> str:
     return add_annotator(store, "system", name, secret=secret)[1]
 
 
-def annotators(params: Params) -> Iterator[tuple[str, object]]:
+def annotators(params: Params) -> Iterator[tuple[str, SimulatedAnnotator]]:
     """Names and simulated people; what they like is the gold judge, from 0 to 1."""
-    from feedback.simulate import SimulatedAnnotator
     from rlhf_core.labelers import make_labeler
 
     config, judge = params.simulate, params.evaluate

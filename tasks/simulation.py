@@ -119,14 +119,20 @@ def make_checkout(home: Path, checkout: Path, profile: str, overrides: Sequence[
     worktrees.git(home, "clone", "-q", "--no-hardlinks", str(home), str(checkout))
     shutil.copyfile(Layout(home).params, Layout(checkout).params)
     change_params(Layout(checkout).params, values)
-    if worktrees.dvc(checkout, "remote", "list"):
-        # Nothing of a simulation is sent anywhere, nor kept twice.
-        for line in worktrees.dvc(checkout, "remote", "list").splitlines():
-            worktrees.dvc(checkout, "remote", "remove", line.split()[0])
+    forget_remotes(checkout)
     worktrees.git(checkout, "add", "-A")
     worktrees.git(
         checkout, *worktrees.NOBODY, "commit", "-q", "--no-verify", "--allow-empty", "-m", "Simulate"
     )
+
+
+def forget_remotes(checkout: Path) -> None:
+    """Nothing of a simulation is sent anywhere, nor kept twice."""
+    from dvc.config import Config
+
+    with Config(str(checkout / ".dvc"), validate=False).edit("repo") as config:
+        config["remote"] = {}
+        config.get("core", {}).pop("remote", None)
 
 
 def forget_settings() -> None:

@@ -56,7 +56,7 @@ def table(rounds: Sequence[Round], live: Sequence[Mapping[str, float]]) -> Table
             f"{ours['kl']:.2f}",
             interval(ours, "reward_accuracy"),
             one.verdict or "-",
-            f"v{one.champion} {held['win_rate']:.3f}" if one.champion else "SFT 0.500",
+            f"v{one.champion}\n{held['win_rate']:.3f}" if one.champion else "SFT\n0.500",
             f"{sum(one.seconds.values()) / 60:.1f}",
         )
     return made
@@ -65,7 +65,8 @@ def table(rounds: Sequence[Round], live: Sequence[Mapping[str, float]]) -> Table
 def interval(values: Mapping[str, float], name: str) -> str:
     if name not in values:
         return "-"
-    return f"{values[name]:.3f} ({values[f'{name}_low']:.3f} to {values[f'{name}_high']:.3f})"
+    low, high = values[f"{name}_low"], values[f"{name}_high"]
+    return f"{values[name]:.3f}\n{low:.3f} to {high:.3f}"
 
 
 def draw(rounds: Sequence[Round], live: Sequence[Mapping[str, float]], path: Path) -> None:
@@ -92,7 +93,7 @@ def draw(rounds: Sequence[Round], live: Sequence[Mapping[str, float]], path: Pat
         fmt="o",
         color="#d55e00",
         capsize=4,
-        label="candidate, 95 % interval",
+        label="candidate, with its interval",
     )
     axes.set_xticks(numbers)
     axes.set_xticklabels([f"{one.number}\n{one.votes} votes" for one in rounds])

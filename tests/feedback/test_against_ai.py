@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -87,6 +88,13 @@ def test_kappa_and_raw_agreement_are_those_worked_by_hand():
     assert one.observed == pytest.approx(4 / 6)
     assert one.kappa == pytest.approx(3 / 7)
     assert one.equal == (True, True, False, True, True, False)
+    other = [replace(one, project="q") for one in found]
+    everything = agreements([*found, *other], ["a", "a", "b", "b", "b", "a"] + ["b"] * 6)
+    assert [(one.project, one.num, round(one.observed, 3)) for one in everything] == [
+        ("all", 12, 0.5),  # 4 and 2 of 12
+        ("p", 6, 0.667),
+        ("q", 6, 0.333),
+    ]
     (same,) = agreements(found[:3], ["a", "a", "a"])
     assert same.observed == 1.0
     assert math.isnan(same.kappa)

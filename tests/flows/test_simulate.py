@@ -110,9 +110,14 @@ def test_table_and_files_say_what_was_measured(tmp_path):
     assert (tmp_path / "reports" / "simulation" / "three.png").read_bytes().startswith(b"\x89PNG")
     shown = io.StringIO()
     Console(file=shown, width=160).print(simulation_report.table(rounds(), simulation.champions(rounds())))
-    lines = shown.getvalue().splitlines()
-    assert any("0.600 (0.500 to 0.700)" in line and "pass" in line and "v2 0.600" in line for line in lines)
-    assert any("0.520 (0.420 to 0.620)" in line and "fail" in line and "1.5" in line for line in lines)
+    lines = [line for line in shown.getvalue().splitlines() if line.strip()]
+    passed = next(i for i, line in enumerate(lines) if "pass" in line)
+    assert "0.600" in lines[passed]
+    assert "v2" in lines[passed]
+    assert "0.500 to 0.700" in lines[passed + 1]
+    failed = next(line for line in lines if "fail" in line)
+    assert "0.520" in failed
+    assert failed.rstrip().endswith("1.5"), "minutes"
 
 
 def test_versions_held_against_different_sft_models_are_not_compared(monkeypatch, tmp_path):
@@ -125,6 +130,31 @@ def test_versions_held_against_different_sft_models_are_not_compared(monkeypatch
     simulation.check_same_sft(tmp_path, "1", "2")
     with pytest.raises(RLHFError, match=r"version 3 was held against .* b\.dir.* do not compare"):
         simulation.check_same_sft(tmp_path, "1", "3")
+
+
+def test_the_clone_has_the_values_and_no_remote_and_the_checkout_is_as_it_was(tmp_path, root):
+    from tasks import worktrees
+
+    home = tmp_path / "home"
+    home.mkdir()
+    worktrees.git(home, "init", "-q")
+    (home / ".dvc").mkdir()
+    for name in ("params.yaml", "dvc.yaml", ".dvc/config"):
+        (home / name).write_text((root / name).read_text())
+    (home / "configs" / "profiles").mkdir(parents=True)
+    (home / "configs" / "profiles" / "p.yaml").write_text("ppo: {num_updates: 3}")
+    worktrees.git(home, "add", "-A")
+    worktrees.git(home, *worktrees.NOBODY, "commit", "-q", "-m", "start")
+    before = (home / "params.yaml").read_text()
+    (home / "params.yaml").write_text(before.replace("min_votes: 50", "min_votes: 7"))
+    simulation.make_checkout(home, tmp_path / "clone", "p", ["run.seed=4"])
+    found = simulation.load_params(tmp_path / "clone" / "params.yaml")
+    assert (found.retrain.min_votes, found.ppo.num_updates, found.run.seed) == (7, 3, 4)
+    assert worktrees.dvc(home, "remote", "list")
+    assert not worktrees.dvc(tmp_path / "clone", "remote", "list")
+    assert not worktrees.git(tmp_path / "clone", "status", "--porcelain")
+    assert "min_votes: 7" in (home / "params.yaml").read_text()
+    assert "num_updates: 3 " not in (home / "params.yaml").read_text()
 
 
 def test_no_setting_of_the_user_is_followed(monkeypatch):

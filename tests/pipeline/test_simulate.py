@@ -7,6 +7,7 @@ import signal
 import time
 
 import pytest
+import yaml
 
 from feedback.history import last_event, votes_at
 from feedback.store import Store
@@ -103,6 +104,29 @@ def test_other_values_under_the_same_name_are_refused(simulated):
     done = run([*COMMAND, "-S", "run.seed=9"], checkout)
     assert done.returncode == 2
     assert "give another --name" in done.stderr
+
+
+def test_mixed_labels_from_the_champion(simulated):
+    """The candidate that was made last becomes champion by hand, and the next one starts there."""
+    _, place, _, report, _, _ = simulated
+    home = place / "checkout"
+    client, champion = open_client(home), report["rounds"][2]["registered"]
+    client.set_registered_model_alias("rlhf-policy", "champion", champion)
+    values = ["-S", "retrain.labels=mixed", "-S", "retrain.start=champion"]
+    done = run(["rlhf", "retrain", "--force", *values], home, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    made = client.get_model_version_by_alias("rlhf-policy", "candidate")
+    before = client.get_model_version("rlhf-policy", champion).tags
+    assert made.tags["retrain.champion"] == champion
+    assert made.tags["dvc.models.champion"] == before["dvc.models.policy"]
+    assert made.tags["dvc.models.sft"] == before["dvc.models.sft"], "without corrections SFT stays as it is"
+    branch = made.tags["rlhf.branch"]
+    lock = yaml.safe_load(run(["git", "show", f"{branch}:dvc.lock"], home).stdout)["stages"]["ppo"]
+    (dep,) = (one for one in lock["deps"] if one["path"] == "models/champion")
+    assert dep["md5"] == before["dvc.models.policy"], "DVC knows where PPO started"
+    metrics = client.get_run(made.tags["mlflow.parent_run"]).data.metrics
+    (agreement,) = (n for n in metrics if n.startswith("feedback/ai_agreement/") and n.endswith("/choice"))
+    assert 0.0 <= metrics[f"{agreement}_low"] <= metrics[agreement] <= metrics[f"{agreement}_high"] <= 1.0
 
 
 def test_a_retraining_without_new_votes_says_so_and_ends_well(simulated):
