@@ -49,6 +49,7 @@ class Case:
     lora: bool
     bf16: bool
     prompt_tokens: int = 0  # only prompts of this length; 0 takes any
+    start: str = "base"  # which of the workspace's models all four begin as
 
     trl = "1.12.0"
     engines = "trl_ppo", "our_ppo"
@@ -70,6 +71,7 @@ class Supervised:
     packing: bool
     max_length: int = 256
     bf16: bool = True
+    start: str = "base"
 
     trl = "1.16.0"
     engines = "trl_supervised", "our_supervised"
@@ -80,6 +82,7 @@ CASES: dict[str, Case | Supervised] = {
     "1": Case("full, 24 + 32 tokens, bf16", 16, 32, 1, 1, False, False, True, 24),
     "1f": Case("full, 24 + 32 tokens, float32", 16, 32, 1, 1, False, False, False, 24),
     "2": Case("full, real stopping, 4 x 4", 32, 128, 4, 4, True, False, True),
+    "2s": Case("... from models/sft, which stops", 32, 128, 4, 4, True, False, True, start="sft"),
     "3": Case("LoRA, 24 + 32 tokens, bf16", 16, 32, 1, 1, False, True, True, 24),
     "4s": Supervised("SFT, ragged rows", "sft", 16, 16, False),
     "4r": Supervised("reward model, ragged pairs", "reward", 16, 4, False),
@@ -104,7 +107,7 @@ def environment(directory: Path, version: str) -> Path:
 
 def write_case(case: Case | Supervised, batches: int, layout: Layout, directory: Path) -> Path:
     """The case as its engines read it, with rows drawn from the prepared ones."""
-    facts: dict[str, Any] = {"model": str(layout.model("base").resolve()), "batches": batches}
+    facts: dict[str, Any] = {"model": str(layout.model(case.start).resolve()), "batches": batches}
     facts |= vars(case) | {"directory": str(directory)}
     facts |= ppo_rows(case, layout) if isinstance(case, Case) else supervised_rows(case, batches, layout)
     path = directory / "case.json"
@@ -218,6 +221,9 @@ def main() -> None:
         table.add_column(column)
     for name in options.cases:
         case = CASES[name]
+        if not layout.model(case.start).is_dir():
+            print(f"left out: case {name}, which needs models/{case.start}", file=sys.stderr)
+            continue
         peer = environment(options.environments.resolve(), case.trl)
         precision = "auto" if case.bf16 else "float32"
         run_config = params.run.model_copy(update={"precision": precision})
