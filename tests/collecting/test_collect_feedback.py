@@ -10,7 +10,7 @@ from datetime import timedelta
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
-from prefect.events.filters import EventFilter, EventNameFilter
+from prefect.events.filters import EventFilter, EventNameFilter, EventResourceFilter
 from prefect.testing.utilities import prefect_test_harness
 
 from feedback import accounts, assignment
@@ -93,8 +93,8 @@ def store(home, clock):
 
 def events(server, project):
     """Those of a collection's end, as automations see them."""
-    found = server.read_events(EventFilter(event=EventNameFilter(name=[FEEDBACK_READY])), limit=100).events
-    return [event for event in found if event.resource.id == f"rlhf.feedback.{project}"]
+    about = EventResourceFilter(id=[f"rlhf.feedback.{project}"])
+    return server.read_events(EventFilter(event=EventNameFilter(name=[FEEDBACK_READY]), resource=about), 50).events
 
 
 def artifacts(server, project):
