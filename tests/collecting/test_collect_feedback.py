@@ -94,7 +94,8 @@ def store(home, clock):
 def events(server, project):
     """Those of a collection's end, as automations see them."""
     about = EventResourceFilter(id=[f"rlhf.feedback.{project}"])
-    return server.read_events(EventFilter(event=EventNameFilter(name=[FEEDBACK_READY]), resource=about), 50).events
+    wanted = EventFilter(event=EventNameFilter(name=[FEEDBACK_READY]), resource=about)
+    return server.read_events(wanted, limit=50).events
 
 
 def artifacts(server, project):
