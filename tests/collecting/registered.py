@@ -36,7 +36,7 @@ def make_workspace(place: Path, root: Path, sft: Path, reward: Path, count: int 
     shutil.copyfile(root / "params.yaml", place / "params.yaml")
     (place / "flows").symlink_to(root / "flows")
     values = {"run.device": "cpu", "run.precision": "float32", "collect.num_prompts": 4}
-    values |= {"collect.sampling.max_new_tokens": 6, "collect.sampling.temperature": 1.0}
+    values |= {"collect.sampling.max_new_tokens": 6, "collect.sampling.temperature": 5.0}
     params = change_params(place / "params.yaml", values)
     dvc(place, "init", "--no-scm", "-q")
     shutil.copytree(sft, place / "models" / "sft")

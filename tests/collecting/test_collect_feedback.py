@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import shutil
 import threading
+import zlib
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
-from prefect.events.filters import EventFilter, EventNameFilter
+from prefect.events.filters import EventFilter, EventNameFilter, EventResourceFilter
 from prefect.testing.utilities import prefect_test_harness
 
 from feedback import accounts, assignment
@@ -75,11 +77,13 @@ def clock(monkeypatch):
 
 
 @pytest.fixture
-def home(made, server, clock, tmp_path, monkeypatch):
+def home(made, server, clock, tmp_path, monkeypatch, request):
     for name in ("MLFLOW_TRACKING_URI", asking.DATABASE_VARIABLE):
         monkeypatch.delenv(name, raising=False)
     place = tmp_path / "home"
     shutil.copytree(made[0], place, symlinks=True)
+    # All tests share a server, so each gets ids of its own.
+    change_params(place / "params.yaml", {"run.seed": zlib.crc32(request.node.name.encode())})
     monkeypatch.chdir(place)
     return place
 
@@ -93,8 +97,9 @@ def store(home, clock):
 
 def events(server, project):
     """Those of a collection's end, as automations see them."""
-    found = server.read_events(EventFilter(event=EventNameFilter(name=[FEEDBACK_READY])), limit=100).events
-    return [event for event in found if event.resource.id == f"rlhf.feedback.{project}"]
+    about = EventResourceFilter(id=[f"rlhf.feedback.{project}"])
+    wanted = EventFilter(event=EventNameFilter(name=[FEEDBACK_READY]), resource=about)
+    return server.read_events(wanted, limit=50).events
 
 
 def artifacts(server, project):
@@ -233,6 +238,14 @@ def test_a_server_that_loses_the_event_gets_it_again(home, server, store, clock,
     monkeypatch.setattr(watching, "CONFIRM_SECONDS", 60.0)
     assert not watching.look(home, said.append)
     assert len(events(server, project)) == 1
+
+
+def test_an_event_is_that_of_one_collection_of_one_store():
+    at = Clock()()
+    one = log.Watched("collect-x", at, wanted=1, deadline=None)
+    later = log.Watched("collect-x", at + timedelta(seconds=1), wanted=1, deadline=None)
+    assert watching.event_id(one) == watching.event_id(replace(one, ended=at, claimed=at))
+    assert watching.event_id(one) != watching.event_id(later)
 
 
 def test_the_deadline_closes_it_and_says_that_nobody_voted(home, server, store, clock):
