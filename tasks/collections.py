@@ -7,36 +7,28 @@ import getpass
 import sys
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from feedback.store import Store
 from feedback.watching import Watched, close_collection, list_collections, progress
 from rlhf_core.errors import RLHFError
 from tasks.asking import open_store
 
 
-def row(store: Store, found: Watched) -> tuple[str, ...]:
-    """id, state, votes of wanted, deadline, what was asked."""
+def line(store: Store, found: Watched) -> str:
+    """id, state, votes of wanted, deadline, how prompts were chosen, who answered."""
     state = "open" if found.is_open else f"ended: {found.reason}"
     if found.untold:
         state += ", not told yet"
     votes = progress(store, found.id).votes if found.is_open else found.votes
-    deadline = f"{found.deadline:%Y-%m-%d %H:%M}" if found.deadline else "none"
+    until = f"until {found.deadline:%Y-%m-%d %H:%M} UTC" if found.deadline else "no deadline"
     policies = " and ".join(dict.fromkeys(found.about.get("policies", [])))
-    return found.id, state, f"{votes} of {found.wanted}", deadline, found.about.get("choose", ""), policies
+    choose = found.about.get("choose", "")
+    return f"{found.id}  {state}  {votes} of {found.wanted} votes  {until}  {choose}  {policies}"
 
 
 def list_all(root: Path) -> None:
-    table = Table("collection", "state", "votes", "deadline (UTC)", "prompts", "answers of", box=None)
     with open_store(root) as store:
-        found = list_collections(store)
-        for one in found:
-            table.add_row(*row(store, one))
-    if found:
-        Console(soft_wrap=True).print(table)
-    else:
-        print("no collections; `rlhf collect` begins one")
+        lines = [line(store, one) for one in list_collections(store)]
+    print("\n".join(lines) or "no collections; `rlhf collect` begins one")
 
 
 def close(root: Path, project_id: str) -> None:

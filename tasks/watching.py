@@ -87,8 +87,7 @@ def tell(store: Store, found: Watched) -> bool:
     """
     if not claim(store, found.id):
         return False
-    event = uuid5(NAMESPACE_URL, f"{FEEDBACK_READY}/{found.id}")
-    assert found.ended is not None
+    event = event_id(found)
     if not server_has(event):
         send(found, event)
         deadline = time.monotonic() + CONFIRM_SECONDS
@@ -98,6 +97,11 @@ def tell(store: Store, found: Watched) -> bool:
             time.sleep(1.0)
     note_announced(store, found.id)
     return True
+
+
+def event_id(found: Watched) -> UUID:
+    """Always the same for one collection; another checkout's of the same id was opened at another time."""
+    return uuid5(NAMESPACE_URL, f"{FEEDBACK_READY}/{found.id}/{found.opened.isoformat()}")
 
 
 def send(found: Watched, event: UUID) -> None:

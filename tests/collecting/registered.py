@@ -34,10 +34,9 @@ def make_workspace(place: Path, root: Path, sft: Path, reward: Path, count: int 
     """Fill `place`; the tags of a version that was made of what DVC holds there."""
     place.mkdir()
     shutil.copyfile(root / "params.yaml", place / "params.yaml")
-    shutil.copyfile(root / "dvc.yaml", place / "dvc.yaml")
     (place / "flows").symlink_to(root / "flows")
     values = {"run.device": "cpu", "run.precision": "float32", "collect.num_prompts": 4}
-    values |= {"collect.sampling.max_new_tokens": 6, "collect.sampling.temperature": 1.0}
+    values |= {"collect.sampling.max_new_tokens": 6, "collect.sampling.temperature": 5.0}
     params = change_params(place / "params.yaml", values)
     dvc(place, "init", "--no-scm", "-q")
     shutil.copytree(sft, place / "models" / "sft")
@@ -53,6 +52,7 @@ def make_workspace(place: Path, root: Path, sft: Path, reward: Path, count: int 
         (out,) = yaml.safe_load((place / f"{output}.dvc").read_text())["outs"]
         tags[f"dvc.{output.replace('/', '.')}"] = out["md5"]
         shutil.rmtree(place / output)
+    shutil.copyfile(root / "dvc.yaml", place / "dvc.yaml")  # now: DVC would find each output twice
     open_client(place).create_registered_model(NAME)
     return tags
 
