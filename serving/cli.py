@@ -30,7 +30,7 @@ KEY_VARIABLE, LEAST_KEY = "RLHF_SERVE_KEY", 16
 KEY_FILE = STATE / "users.key"
 DEFAULT_NAME = "rlhf-policy"
 SHUTDOWN_SECONDS = 5
-log = logging.getLogger(__name__)
+log = logging.getLogger("serving")  # run as a module, this one is named __main__
 
 app = typer.Typer(
     add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=False

@@ -67,10 +67,10 @@ async def _events(answering: Answering, recorder: Recorder | None) -> AsyncItera
         # Before the stream ends, so that whoever has the whole answer can rate it.
         stored = await recorder.keep(answering.id, wanted, choices, answering.live.version)
         kept = {"feedback": {"stored": stored}}
-    for index, choice in enumerate(choices):
-        yield chunks.delta(index, {}, choice.finish_reason, **kept)
+    for index, ended in enumerate(choices):
+        yield chunks.delta(index, {}, ended.finish_reason, **kept)
     if wanted.with_usage:
-        total = usage(answering.prompt_tokens, sum(choice.tokens for choice in choices))
+        total = usage(answering.prompt_tokens, sum(ended.tokens for ended in choices))
         yield chunks.chunk([], usage=total)
     yield DONE
 

@@ -135,7 +135,7 @@ def test_bad_input_names_key_value_and_rule(server, values, param, says):
 
 def test_an_answer_whose_length_is_not_said_ends_with_the_context(server, loaded):
     """The toy's context is 512 tokens, and an answer has up to 256 where nothing is said."""
-    long = [{"role": "user", "content": "no " * 160}]
+    long = [{"role": "user", "content": "no " * 350}]
     prompt = server.chat(long, max_tokens=1).json()["usage"]["prompt_tokens"]
     assert 300 < prompt < 500
     assert server.chat(long, max_tokens=256).status_code == 400

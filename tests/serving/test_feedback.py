@@ -154,7 +154,7 @@ def test_votes_come_out_of_a_snapshot_as_those_of_other_label_projects(serve, st
     rate(server, bad["id"], "down", user="bob")
     files = make_snapshot(gather(store, PRODUCTION), SnapshotConfig(license="CC0-1.0")).files
     labels = {row["completion"]: row["label"] for row in map(json.loads, files["labels.jsonl"].splitlines())}
-    texts = [body["choices"][0]["message"]["content"] for body in (good, bad)]
+    texts = [body["choices"][0]["message"]["content"].replace("\x00", "") for body in (good, bad)]
     assert labels == {texts[0]: True, texts[1]: False}
     pair = json.loads(files["preferences.jsonl"])
     assert (pair["chosen"], pair["rejected"]) == tuple(texts)
