@@ -17,16 +17,17 @@ def _markdown() -> MarkdownIt:
     parser = MarkdownIt("js-default", {"html": False, "linkify": False, "breaks": True}).disable(["image"])
     parser.add_render_rule("link_open", _link)
     for name in ("fence", "code_block"):
-        parser.add_render_rule(name, _scrolled(parser.renderer.rules[name]))
+        parser.add_render_rule(name, _scrolled(name))
     parser.add_render_rule("table_open", _table)
     return parser
 
 
-def _scrolled(rule):
+def _scrolled(name: str):
     """Wide code is moved sideways by the arrow keys of who has no mouse, so it can be focused."""
 
-    def render(_renderer, *arguments) -> str:
-        return rule(*arguments).replace("<pre>", '<pre tabindex="0">', 1)
+    def render(renderer, tokens, index, options, env) -> str:
+        text: str = getattr(renderer, name)(tokens, index, options, env)
+        return text.replace("<pre>", '<pre tabindex="0">', 1)
 
     return render
 

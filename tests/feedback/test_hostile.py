@@ -62,6 +62,13 @@ def test_markdown_of_strangers_runs_and_loads_nothing(attack):
     assert not dangers(str(markdown(attack)))
 
 
+@pytest.mark.parametrize("text", ["```py\nx <b>\n```", "    x <b>", "|a|b|\n|-|-|\n|<b>|2|"])
+def test_what_may_be_wider_than_the_page_can_be_focused(text):
+    found = str(markdown(text))
+    assert found.startswith(('<pre tabindex="0">', '<table tabindex="0">'))
+    assert "&lt;b&gt;" in found
+
+
 def test_the_finder_finds():
     assert len(dangers("<script>1</script><img onerror=x><a href=' JavaScript:1'>")) == 4
 
