@@ -33,7 +33,7 @@ from rlhf_core.layout import Layout
 from rlhf_core.report import run_report
 from rlhf_core.stages import STAGES
 from tasks import gpus, registry, shown, stages, workspace, worktrees
-from tasks.plan import Planned, plan, rows, summary
+from tasks.plan import Planned, plan, rows, summary, wished_params
 from tasks.processes import end_orphans
 
 RETRY_SECONDS = 10  # before a failed task is started again: memory is free by then, a server up again
@@ -116,6 +116,8 @@ def train(
     if in_place or not workspace.has_git(home):
         with workspace.exclusive(home):
             return run_stages(home, workspace.resolve_params(home, profile_name, overrides))
+    if not revision and (flow_run.run_count or 0) <= 1:
+        wished_params(Layout(home), profile_name, overrides)  # so that a mistake leaves no worktree behind
     run_id = worktrees.run_id_of(home, str(flow_run.id))
     with worktrees.run_place(home, run_id, revision) as place:
         params = workspace.resolve_params(place.root, profile_name, overrides)

@@ -13,7 +13,7 @@ from tasks.network import free_port
 
 from .checkouts import processes_below, run, start, wait_for
 from .prefect_api import page, post
-from .services import serving
+from .services import RunHere, serving
 
 
 def test_up_starts_everything_runs_the_deployment_and_stops_cleanly(finished, tmp_path):
@@ -23,6 +23,9 @@ def test_up_starts_everything_runs_the_deployment_and_stops_cleanly(finished, tm
         assert "html" in page(services.url)
         assert "html" in page(services.mlflow)
         what_up_has_made(services.prefect)
+        wrong = services.prefect.start("train", ppo={"rollout_batch_size": 33})
+        assert services.prefect.follow(wrong, 60) == "FAILED"
+        assert RunHere(checkout, wrong).worktree is None  # nothing is left of it that nobody would take up
         flow_run = services.prefect.start("train")
         assert services.prefect.follow(flow_run, 240) == "COMPLETED"
         what_a_run_has_left(services, flow_run)
