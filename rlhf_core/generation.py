@@ -40,7 +40,9 @@ class Generation:
 
 def filter_logits(logits: Tensor, sampling: SamplingConfig) -> Tensor:
     """Scale logits (B, V) by temperature, then cut to top-k and top-p; cut tokens get -inf. float32."""
-    logits = logits.float() / sampling.temperature
+    logits = logits.float()
+    if sampling.temperature != 1.0:
+        logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         kth = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)

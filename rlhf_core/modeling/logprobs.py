@@ -51,7 +51,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         logprobs, entropy, log_norm = torch.empty(3, len(tokens), device=logits.device)
         for rows in _slices(logits):
-            scaled = logits[rows].float() / temperature
+            scaled = _scaled(logits[rows], temperature)
             norm = log_norm[rows] = torch.logsumexp(scaled, dim=-1)
             logprobs[rows] = scaled.gather(-1, tokens[rows, None]).squeeze(-1) - norm
             probs = torch.exp(scaled - norm[:, None])
@@ -67,11 +67,17 @@ class _TokenLogprobs(torch.autograd.Function):
         logits, tokens, log_norm = ctx.saved_tensors
         found = torch.empty_like(logits)
         for rows in _slices(logits):
-            scaled = logits[rows].float() / ctx.temperature
+            scaled = _scaled(logits[rows], ctx.temperature)
             share = grad[rows, None] / ctx.temperature
             probs = scaled.sub_(log_norm[rows, None]).exp_().mul_(-share)
             found[rows] = probs.scatter_add_(-1, tokens[rows, None], share)
         return found, None, None
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    """logits / temperature, always a copy, in float32."""
+    wide = logits.to(torch.float32, copy=True)
+    return wide if temperature == 1.0 else wide.div_(temperature)
 
 
 def _slices(logits: Tensor) -> list[slice]:
