@@ -64,7 +64,7 @@ def test_batch_size_that_does_not_divide(workspace, capsys):
 def test_unknown_benchmark(workspace, capsys, arguments):
     status, said = fails(capsys, *arguments)
     assert status == 2
-    assert "name one of generation, growth, peers, startup, run, all" in said
+    assert f"name one of {', '.join(cli.BENCHMARKS)}, then" in said
 
 
 def test_benchmarks_have_their_modules(root):

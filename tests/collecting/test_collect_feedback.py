@@ -146,6 +146,7 @@ def test_a_collection_is_asked_shown_and_told_of_once(home, server, store):
     assert "ann" not in shown.description.replace("annotator", "")  # ids alone
 
 
+@pytest.mark.slow
 def test_who_asks_the_same_again_gets_the_open_collection_and_later_other_prompts(home, store):
     first = collect_feedback(size=6)
     assert collect_feedback(size=6) == first
@@ -203,7 +204,7 @@ def test_two_watchers_at_once_send_one_event(home, server, store):
     assert [kinds.count(f"collection_{word}") for word in ("ended", "claimed", "announced")] == [1, 1, 1]
 
 
-@pytest.mark.parametrize("step", ["send", "note_announced"])
+@pytest.mark.parametrize("step", ["send", pytest.param("note_announced", marks=pytest.mark.slow)])
 def test_a_watcher_that_dies_while_it_tells_is_followed_and_one_event_is_sent(
     home, server, store, clock, monkeypatch, step
 ):
@@ -225,6 +226,7 @@ def test_a_watcher_that_dies_while_it_tells_is_followed_and_one_event_is_sent(
     assert log.find_collection(store, project).announced
 
 
+@pytest.mark.slow
 def test_a_server_that_loses_the_event_gets_it_again(home, server, store, clock, monkeypatch):
     project = collect_feedback(overrides=["collect.votes_wanted=1"])
     vote(store, project)
@@ -260,6 +262,7 @@ def test_the_deadline_closes_it_and_says_that_nobody_voted(home, server, store, 
     assert event.payload == {"project": project, "votes": 0, "reason": "deadline"}
 
 
+@pytest.mark.slow
 def test_production_prompts_of_the_evaluations_side_are_never_asked(home, store, tmp_path, params):
     texts = [f"can you tell me about place {i}, please?" for i in range(20)]
     rows = [f'{{"prompt": "{text}", "responses": ["yes"]}}' for text in texts]
@@ -274,6 +277,7 @@ def test_production_prompts_of_the_evaluations_side_are_never_asked(home, store,
     assert len(gather(store, asked).items) >= len(held_in) - 2  # but for those answered twice the same
 
 
+@pytest.mark.slow
 def test_two_policies_and_their_reward_model(home, made, store, tiny_model_dir):
     register(home, made[1], tiny_model_dir, "candidate")
     with pytest.raises(InputError, match="there is no version 9"):
@@ -304,6 +308,7 @@ def test_where_nothing_can_differ_disagreement_is_refused(home):
         collect_feedback(choose="disagreement")
 
 
+@pytest.mark.slow
 def test_the_schedule_is_on_only_while_a_collection_is_open(home, server, store):
     deploy.make_pool()
     deployments.deploy_all(home)
@@ -353,6 +358,7 @@ def test_from_a_shell(home, store, capsys, monkeypatch):
     assert "collect.votes_wanted (10) must not exceed the 9 votes" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_looks_that_were_missed_are_not_made_up_for(home, server):
     from prefect.states import Scheduled
 
