@@ -96,7 +96,7 @@ def test_the_users_own_votes_and_models_are_as_they_were(simulated):
     assert not (checkout / ".dvc" / "cache").exists()
     assert run(["git", "branch", "--list", "runs/*"], checkout).stdout == ""
     changed = run(["git", "status", "--porcelain"], checkout).stdout.splitlines()
-    assert sorted(changed) == ["?? first.log", "?? reports/simulation/"]
+    assert sorted(changed) == ["?? first.log", "?? reports/"]
 
 
 def test_other_values_under_the_same_name_are_refused(simulated):
