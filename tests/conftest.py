@@ -9,9 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # A suite that a script started in the background ignores Ctrl-C, and so would the commands that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# No test asserts a time: the machine may be busy with others.
+settings.register_profile("suite", deadline=None)
+settings.load_profile("suite")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -39,8 +43,18 @@ def deepspeed(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def own_environment():
+    """What a test leaves in the environment, as MLflow does with the store it is told, ends with it."""
+    kept = dict(os.environ)
+    yield
+    for name in os.environ.keys() - kept.keys():
+        del os.environ[name]
+    os.environ.update(kept)
+
+
+@pytest.fixture(autouse=True)
 def own_signal_handlers():
-    """What a command run inside a test makes of signals ends with the test."""
+    """What a command run inside a test makes of signals ends with it."""
     kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in kept.items():

@@ -86,7 +86,7 @@ def test_registered_policy_loads_and_answers_a_chat_request(finished, monkeypatc
     version = client.get_model_version_by_alias("rlhf-policy", "candidate")
     assert version.tags["dvc.lock.md5"]
     assert registered_model_dir("models:/rlhf-policy@candidate", checkout).joinpath("config.json").is_file()
-    mlflow.set_tracking_uri(f"sqlite:///{checkout}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{checkout}/mlflow.db")
     model = mlflow.pyfunc.load_model("models:/rlhf-policy@candidate")
     assert model.metadata.signature is not None
     assert model.metadata.metadata["chat_template"]

@@ -207,7 +207,8 @@ def test_openais_own_client_is_content(server, loaded):
         client.chat.completions.create(model="other", messages=HELLO)
 
 
-def test_a_full_server_says_429_and_when_to_come_back(serve):
+def test_a_full_server_says_429_and_when_to_come_back(serve, monkeypatch):
+    slow(monkeypatch)
     server = serve()
     busy = [threading.Thread(target=server.chat, args=(LONG_CHAT,), kwargs=LONG) for _ in range(12)]
     for thread in busy:

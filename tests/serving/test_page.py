@@ -5,12 +5,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
-import signal
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -20,38 +15,16 @@ from feedback.production import COMMENTS, PRODUCTION
 from feedback.records import Label
 from serving.service import Limits
 
+from ..chromium import open_browser
 from .conftest import until
 
 playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    """A browser that is killed at the end, its contexts still open: to close one hangs now and then."""
-    profile = tmp_path_factory.mktemp("chromium")
-    options = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking")
-    where = (f"--user-data-dir={profile}", "--no-first-run", "--remote-debugging-port=0", "about:blank")
-    process = subprocess.Popen(
-        [CHROMIUM, *options, *where],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        port = profile / "DevToolsActivePort"
-        deadline = time.monotonic() + 60
-        while not (port.is_file() and port.read_text().strip()):
-            assert process.poll() is None, "the browser ended"
-            assert time.monotonic() < deadline, "the browser did not start"
-            time.sleep(0.1)
-        with playwright.sync_playwright() as driver:
-            yield driver.chromium.connect_over_cdp(f"http://127.0.0.1:{port.read_text().split()[0]}")
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    with open_browser(tmp_path_factory.mktemp("chromium")) as browser:
+        yield browser
 
 
 @pytest.fixture
@@ -111,8 +84,8 @@ def test_without_consent_there_are_no_thumbs_and_a_second_turn_sees_the_first(se
     for number, words in enumerate(("hello", "<img src=x onerror=alert(1)>"), 1):
         page.get_by_label("Your message").fill(words)
         page.get_by_role("button", name="Send").click()
-        page.get_by_text("Writing …").wait_for(state="hidden")
         until(lambda: page.locator(".message").count() == 2 * number)  # noqa: B023
+        page.get_by_text("Writing …").wait_for(state="hidden")
     assert page.get_by_role("button", name="Good answer").count() == 0
     assert page.locator("#log img").count() == 0  # text, never markup
     assert gather(store, PRODUCTION).items == ()

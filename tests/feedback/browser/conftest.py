@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-import signal
 import socket
-import subprocess
 import threading
 import time
 from pathlib import Path
@@ -30,9 +27,8 @@ from feedback.tables import votes
 from feedback.web.app import create_app
 from feedback.web.context import Settings
 
+from ...chromium import open_browser
 from ..conftest import person
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 ASK = [{"role": "user", "content": "How do I keep bread fresh for longer?"}]
 ONE = """Keep it in a **paper bag** inside a bread box.
@@ -46,32 +42,10 @@ THREE = "Buy less bread."
 GUIDE = "Prefer the answer that is **true** first, then the one that helps more."
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    """A browser that is killed at the end, its contexts still open: to close one hangs now and then."""
-    if CHROMIUM is None:
-        pytest.skip("no Chromium is installed")
-    profile = tmp_path_factory.mktemp("chromium")
-    options = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking")
-    where = (f"--user-data-dir={profile}", "--no-first-run", "--remote-debugging-port=0", "about:blank")
-    process = subprocess.Popen(
-        [CHROMIUM, *options, *where],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        port = profile / "DevToolsActivePort"
-        until = time.monotonic() + 60
-        while not (port.is_file() and port.read_text().strip()):
-            assert process.poll() is None, "the browser ended"
-            assert time.monotonic() < until, "the browser did not start"
-            time.sleep(0.1)
-        with playwright.sync_playwright() as driver:
-            yield driver.chromium.connect_over_cdp(f"http://127.0.0.1:{port.read_text().split()[0]}")
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    with open_browser(tmp_path_factory.mktemp("chromium")) as browser:
+        yield browser
 
 
 class Service:
