@@ -79,7 +79,8 @@ def test_chat_and_thumbs_by_keyboard_alone(serve, store, recorder, visit):
 
 
 def test_without_consent_there_are_no_thumbs_and_a_second_turn_sees_the_first(serve, store, recorder, visit):
-    server = serve(recorder=recorder)
+    # Short answers: with a long first one the second turn would not fit into the tiny model's context.
+    server = serve(recorder=recorder, limits=Limits(slots=4, most_tokens=24))
     page = visit(server)
     for number, words in enumerate(("hello", "<img src=x onerror=alert(1)>"), 1):
         page.get_by_label("Your message").fill(words)
