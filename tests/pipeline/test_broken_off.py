@@ -36,7 +36,7 @@ def test_killed_run_goes_on_and_gives_the_same_bytes(clone, finished, tmp_path):
     finally:
         flow.send_signal(signal.SIGKILL)
         flow.wait()
-    wait_for(lambda: not stages_below(clone), 120)  # nothing trains unseen
+    wait_for(lambda: not stages_below(clone), 30)  # nothing trains unseen
     assert not (clone / "models" / "policy").exists()
 
     done = run(["dvc", "repro"], clone)  # without Prefect this time
@@ -59,11 +59,11 @@ def test_stopped_flow_stops_its_training_and_says_how_to_go_on(clone, number, tm
     flow = start(["rlhf", "run"], clone, tmp_path / "flow.log")
     wait_for(lambda: flow.poll() is not None or progress.exists())
     flow.send_signal(number)
-    assert flow.wait(120) == 130
+    assert flow.wait(60) == 130
     said = (tmp_path / "flow.log").read_text()
     assert "interrupted; run the same command again to go on" in said
     assert "Traceback" not in said
-    wait_for(lambda: not processes_below(clone), 60)
+    wait_for(lambda: not processes_below(clone), 30)
     run_id = json.loads((clone / ".rlhf" / "runs" / "pretrain" / "mlflow.json").read_text())["run"]
     assert open_client(clone).get_run(run_id).info.status == "KILLED"
 
