@@ -72,7 +72,7 @@ BENCHMARKS = {  # modules of benchmarks/
     "run": "default_run",
     "all": "everything",
 }
-PARENT_DEATH_VARIABLE = "RLHF_DIE_WITH_PARENT"
+PARENT_DEATH_VARIABLE = "RLHF_DIE_WITH_PARENT"  # the process without which a stage must not go on
 PR_SET_PDEATHSIG = 1
 INTERRUPTED = 130
 FIRST_RANK_SECONDS = 10.0  # the first rank, which prints, most likely meets the same error: let it end first
@@ -85,11 +85,11 @@ Profile = Annotated[str, typer.Option(help="A profile of configs/profiles to app
 
 def _stage_command(stage: str) -> Callable[[], None]:
     def command() -> None:
+        if PARENT_DEATH_VARIABLE in os.environ:
+            die_with_parent(int(os.environ[PARENT_DEATH_VARIABLE]))
         from rlhf_core.config import load_params
         from rlhf_core.stages.runner import run_stage
 
-        if PARENT_DEATH_VARIABLE in os.environ:
-            die_with_parent()
         layout = Layout.here()
         params = load_params(layout.params)
         if not _names_hub(params):
@@ -105,12 +105,27 @@ def _stage_command(stage: str) -> Callable[[], None]:
     return command
 
 
-def die_with_parent() -> None:
-    """Get SIGTERM when the parent dies, also by SIGKILL, so that no training goes on unseen (Linux)."""
+def die_with_parent(first: int) -> None:
+    """Get SIGTERM when the parent dies, also by SIGKILL, so that no training goes on unseen (Linux).
+
+    `first` is the process that started the parent, or the parent itself. A parent that died before this sends
+    nothing, and seconds lie between, in which Python starts: where `first` is gone, SIGTERM comes at once.
+    """
     if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:  # inherited; nobody would see the signal
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != first and _is_gone(first):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _is_gone(pid: int) -> bool:
+    """Also of one that has ended and whose parent has not asked how."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return True
+    return stat.rpartition(")")[2].split()[0] in "ZX"
 
 
 def _names_hub(params: Params) -> bool:

@@ -115,7 +115,7 @@ def stage_environment(root: Path, params: Params) -> dict[str, str]:
     sources = (*params.data.demonstrations, *params.data.preferences, *params.data.prompts)
     if params.model.source != "hub" and not any(source.startswith("hub:") for source in sources):
         env["HF_HUB_OFFLINE"] = "1"
-    env[PARENT_DEATH_VARIABLE] = "1"
+    env[PARENT_DEATH_VARIABLE] = str(os.getpid())
     env.setdefault(SWITCH_VARIABLE, "spool")
     return env
 

@@ -24,7 +24,8 @@ def command(stage):
 
 
 def environment():
-    return os.environ | {"RLHF_TRACKING": "off", "OMP_NUM_THREADS": "1", "RLHF_DIE_WITH_PARENT": "1"}
+    with_us = {"RLHF_DIE_WITH_PARENT": str(os.getpid())}
+    return os.environ | {"RLHF_TRACKING": "off", "OMP_NUM_THREADS": "1"} | with_us
 
 
 def finish(layout, stage):

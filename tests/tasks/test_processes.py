@@ -110,3 +110,23 @@ def test_killed_parent_takes_its_command_along(handler, tmp_path):
     parent.kill()
     parent.wait()
     assert wait_gone(child)
+
+
+@pytest.mark.parametrize("waited_for", [True, False], ids=["gone", "zombie"])
+def test_a_stage_does_not_begin_for_a_run_that_was_killed_before(waited_for, tmp_path):
+    """It may die while the stage's Python starts; no parent is left then that could send a signal."""
+    run_of_it = subprocess.Popen([sys.executable, "-c", ""])
+    if waited_for:
+        run_of_it.wait()
+    else:
+        wait_gone(run_of_it.pid)
+    stage = subprocess.run(
+        [sys.executable, "-m", "rlhf_core.cli", "prepare"],
+        cwd=tmp_path,
+        env=os.environ | {"RLHF_DIE_WITH_PARENT": str(run_of_it.pid)},
+        capture_output=True,
+        check=False,
+    )
+    assert stage.returncode == 130
+    assert list(tmp_path.iterdir()) == []
+    run_of_it.wait()
