@@ -52,7 +52,7 @@ def test_from_the_form_to_a_live_policy_and_back(services):
     worker_and_machine_are_killed(services, strong)
     weak = another_runs_beside_it_and_both_end_well(services, strong)
     what_was_killed_went_on(strong)
-    everything_is_seen(services, weak)
+    everything_is_seen(services, weak, strong)
     runs_are_listed_and_compared(services, weak, strong)
     versions = versions_of(services, weak, strong)
     first, late = (waiting_promotion(services, version, "its SFT model") for version in versions)
@@ -113,8 +113,11 @@ def answers(services: Services, one: RunHere) -> str:
     return ""
 
 
-def everything_is_seen(services: Services, one: RunHere) -> None:
-    """Tasks, artifacts and links of a run that has ended, and what its branch keeps."""
+def everything_is_seen(services: Services, one: RunHere, before: RunHere) -> None:
+    """Tasks, artifacts and links of a run that has ended, and what its branch keeps.
+
+    Its `pretrain` was taken over from the run `before`, which shows the curves.
+    """
     prefect, checkout = services.prefect, services.checkout
     values = one.committed("params.yaml")["ppo"]
     assert (values["kl_coef"], values["num_updates"]) == (0.06, 5)
@@ -128,8 +131,9 @@ def everything_is_seen(services: Services, one: RunHere) -> None:
         log = one.kept / ".rlhf" / "runs" / stage / "output.log"
         assert f"`{log}`" in artifacts[f"{stage}-log"]
         assert log.is_file()
+    drawn = artifacts | {"pretrain-curves": prefect.artifacts(before.id)["pretrain-curves"]}
     for stage in ("pretrain", "sft", "reward", "ppo"):
-        picture = re.fullmatch(r"!\[.*\]\(data:image/png;base64,(.*)\)", artifacts[f"{stage}-curves"])
+        picture = re.fullmatch(r"!\[.*\]\(data:image/png;base64,(.*)\)", drawn[f"{stage}-curves"])
         assert base64.b64decode(picture.group(1)).startswith(b"\x89PNG")
     tables = ("sft-training-samples", "preferences-preference-samples", "reward-held-out-pairs")
     for table in (*tables, "ppo-rollout-samples", "evaluate-samples"):
