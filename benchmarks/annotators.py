@@ -241,8 +241,12 @@ def faults(store: Store, outcome: Outcome) -> list[str]:
 
 
 def crowded(events: Iterable[Event], needed: dict[str, int]) -> list[str]:
-    """The log played again: items given out though votes and others' leases were enough already."""
+    """The log played again: items given out though votes and others' leases were enough already.
+
+    Who takes a vote back gets the item again, whoever voted on it late in the meantime.
+    """
     found, standing = [], defaultdict(set)
+    taken_back: tuple[str, str] | None = None  # item and annotator of the event before
     leases: dict[str, dict[str, str]] = defaultdict(dict)  # by item and annotator: when it ends
     for event in events:
         payload = event.payload
@@ -250,7 +254,8 @@ def crowded(events: Iterable[Event], needed: dict[str, int]) -> list[str]:
         if event.type is EventType.ITEM_LEASED:
             item, now = payload["item"], time_text(event.at)
             others = sum(ends > now for other, ends in leases[item].items() if other != who)
-            if len(standing[item]) + others >= needed[item] > 0:
+            enough = len(standing[item]) + others >= needed[item] > 0
+            if enough and taken_back != (item, who):
                 found.append(f"event {event.number}: {item} was given to one too many")
             leases[item][who] = payload["expires"]
         elif event.type is EventType.VOTE_CAST:
@@ -260,4 +265,5 @@ def crowded(events: Iterable[Event], needed: dict[str, int]) -> list[str]:
             standing[payload["item"]].discard(who)
         elif event.type in (EventType.ITEM_SKIPPED, EventType.ITEM_FLAGGED, EventType.LEASE_RELEASED):
             leases[payload["item"]].pop(who, None)
+        taken_back = (payload["item"], who) if event.type is EventType.VOTE_UNDONE else None
     return found

@@ -141,4 +141,11 @@ def test_an_item_in_too_many_hands_is_found(tmp_path):
     place = log.index(leased) + 1
     assert len(crowded([*log[:place], again, *log[place:]], needed)) >= 1  # before its vote
     assert len(crowded([*log, again], needed)) == 1  # and after it
+    item, who = leased.payload["item"], leased.payload["annotator"]
+    cast = next(e for e in log if e.type is EventType.VOTE_CAST and e.payload["annotator"] == who)
+    late = cast.model_copy(update={"payload": cast.payload | {"annotator": "another"}})
+    facts = {"type": EventType.VOTE_UNDONE, "payload": {"item": item, "annotator": who}}
+    taken_back = [*log, late, cast.model_copy(update=facts)]
+    assert crowded([*taken_back, leased], needed) == []  # who takes a vote back gets the item all the same
+    assert len(crowded([*taken_back, again], needed)) == 1
     store.close()
