@@ -44,7 +44,7 @@ def table(rounds: Sequence[Round], live: Sequence[Mapping[str, float]]) -> Table
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    for column in ("round", "votes", "candidate", "gold", "KL", "RM accuracy", "gate", "champion", "minutes"):
+    for column in ("round", "votes", "candidate", "gold", "KL", "RM right", "gate", "champion", "min"):
         made.add_column(column, justify="left" if column in ("round", "gate", "champion") else "right")
     for one, held in zip(rounds, live, strict=True):
         ours = one.measured
@@ -66,7 +66,7 @@ def interval(values: Mapping[str, float], name: str) -> str:
     if name not in values:
         return "-"
     low, high = values[f"{name}_low"], values[f"{name}_high"]
-    return f"{values[name]:.3f}\n{low:.3f} to {high:.3f}"
+    return f"{values[name]:.3f}\n{low:.2f}-{high:.2f}"  # "to" would not fit into 80 columns
 
 
 def draw(rounds: Sequence[Round], live: Sequence[Mapping[str, float]], path: Path) -> None:
