@@ -134,3 +134,18 @@ def test_a_retraining_without_new_votes_says_so_and_ends_well(simulated):
     done = run(["rlhf", "retrain"], place / "checkout")
     assert done.returncode == 0, done.stderr
     assert "0 new votes since event" in done.stdout
+
+
+def test_an_ai_labeler_alone_waits_for_no_vote_and_learns_from_none(simulated):
+    _, place, *_ = simulated
+    home = place / "checkout"
+    done = run(["rlhf", "retrain", "-S", "retrain.labels=ai", "-S", "preferences.num_prompts=40"], home, 900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    made = open_client(home).get_model_version_by_alias("rlhf-policy", "candidate").tags
+    assert (made["retrain.labels"], made["retrain.start"]) == ("ai", "sft")
+    assert not any(name.startswith("feedback.") for name in made), "it used no vote up"
+    metrics = json.loads(
+        run(["git", "show", f"{made['rlhf.branch']}:reports/preferences/metrics.json"], home).stdout
+    )
+    assert metrics["preferences/num_human_pairs_train"] == metrics["preferences/num_human_pairs_eval"] == 0
+    assert metrics["preferences/num_ai_pairs_train"] > 0
