@@ -22,10 +22,11 @@ from feedback.records import Item, Message, Project, Response, TaskKind
 from feedback.store import Store
 from feedback.watching import list_collections, open_collection
 from rlhf_core.atomic import write_text
-from rlhf_core.collecting.answers import SCORED, Row, Spec, read_answers
+from rlhf_core.collecting.answers import Row, Spec, read_answers
 from rlhf_core.collecting.prompts import ASKED, askable, in_drawn_order
-from rlhf_core.config import Params
-from rlhf_core.data.rows import read_rows
+from rlhf_core.config import CollectConfig, Params
+from rlhf_core.config.collect import SCORED
+from rlhf_core.data.rows import SPLITS, read_rows
 from rlhf_core.data.split import prompt_hash
 from rlhf_core.errors import InputError, RLHFError
 from rlhf_core.layout import Layout
@@ -37,6 +38,8 @@ from tasks.stages import stage_environment
 
 PRODUCTION = "production"  # the project that holds what users asked, with their consent
 RUN_NAME = "collect"
+SPARE_FOR = 10  # asked prompts, for each of which one more is answered: not all have answers that differ
+SIDES = {"train": "training prompts", "eval": "held-out prompts"}
 NAMES = {TaskKind.PAIRWISE: "Which answer is better?", TaskKind.RANKING: "Order the answers"}
 GUIDELINES = {
     TaskKind.PAIRWISE: "Read the message and both answers. Choose the one that you would rather get as a "
@@ -102,34 +105,51 @@ def make_answers(root: Path, plan: Plan, store: Store, on_line: Callable[[str], 
 
 
 def _prompts(root: Path, plan: Plan, store: Store, models: Path, on_line: Callable[[str], None]) -> list[Row]:
-    """The prompts that are answered, in drawn order: more than are asked where scores choose among them."""
+    """The prompts that are answered, in drawn order on each side of the split, with some to spare."""
     config = plan.params.collect
     from_users = config.choose == PRODUCTION
     rows = production_rows(store) if from_users else _prepared(root, plan, models)
     asked = set() if config.ask_again else asked_before(store, plan.id)
-    kept, left_out = askable(rows, plan.params.data, asked, raw=from_users)
+    kept, left_out = askable(rows, plan.params.data, asked, held_out=config.num_held_out > 0, raw=from_users)
     for reason, count in left_out.most_common():
         on_line(f"left out: {count} x {reason}")
-    if not kept:
+    drawn = []
+    for side, (wanted, answered) in sizes(config).items():
+        own = in_drawn_order(kept[side], plan.draw)[:answered]
+        if len(own) < wanted:
+            on_line(f"{len(own)} {SIDES[side]} are there to ask, and {wanted} are wanted")
+        drawn += [
+            {name: row[name] for name in ("prompt", "messages", "source")} | {"held_out": side == "eval"}
+            for row in own
+        ]
+    if not drawn:
         again = "; collect.ask_again asks them once more" if left_out[ASKED] else ""
         raise InputError(f"collect: none of {len(rows)} prompts may be asked{again}")
-    most = config.num_prompts
+    return drawn
+
+
+def sizes(config: CollectConfig) -> dict[str, tuple[int, int]]:
+    """By side of the split, how many prompts are asked, and how many are answered for that."""
+    asked = {"train": config.num_held_in, "eval": config.num_held_out}
+    answered = {side: count + math.ceil(count / SPARE_FOR) for side, count in asked.items()}
     if config.choose in SCORED:
-        most = math.ceil(most * config.oversample)
-    return [
-        {"prompt": row["prompt"], "messages": row["messages"], "source": row["source"]}
-        for row in in_drawn_order(kept, plan.draw)[:most]
-    ]
+        answered["train"] = max(answered["train"], math.ceil(asked["train"] * config.oversample))
+    return {side: (asked[side], answered[side]) for side in SPLITS}
 
 
 def _prepared(root: Path, plan: Plan, models: Path) -> list[Row]:
-    """Held-in prompts that the version was made with; the checkout's own where its tags name none."""
+    """The prompts that the version was made with, each with its `split`; the checkout's own where its tags
+    name none."""
     md5 = plan.tags.get("dvc.data.prepared")
-    if not md5:
-        return read_rows(Layout(root).prepared_file("prompts", "train"))
-    what = f"data/prepared of version {plan.tags['version']}"
-    data = products.fetch(Layout(root).home, md5, models / "prepared", what)
-    return read_rows(data / "prompts" / "train.parquet")
+    if md5:
+        what = f"data/prepared of version {plan.tags['version']}"
+        data = products.fetch(Layout(root).home, md5, models / "prepared", what)
+    else:
+        data = Layout(root).prepared
+    sides = SPLITS if plan.params.collect.num_held_out else ("train",)
+    return [
+        row | {"split": side} for side in sides for row in read_rows(data / "prompts" / f"{side}.parquet")
+    ]
 
 
 def production_rows(store: Store) -> list[Row]:
@@ -208,7 +228,10 @@ def fill_queue(root: Path, plan: Plan, store: Store, on_line: Callable[[str], No
     rows, facts = read_answers(plan.place(root) / "answers")
     config = plan.params.collect
     asked = set() if config.ask_again else asked_before(store, plan.id)
-    items = [make_item(plan, row) for row in rows if prompt_hash(row["prompt"]) not in asked]
+    kept = [row for row in rows if prompt_hash(row["prompt"]) not in asked]
+    items = [make_item(plan, row) for row in kept]
+    held_out = sum(row["held_out"] for row in kept)
+    left = +Counter({"all answers the same": facts["num_same"], ASKED: len(rows) - len(kept)})
     project = Project(
         id=plan.id,
         name=f"{NAMES[plan.kind]} ({store.clock():%Y-%m-%d})",
@@ -224,14 +247,19 @@ def fill_queue(root: Path, plan: Plan, store: Store, on_line: Callable[[str], No
         "choose": config.choose,
         "how": facts["how"],
         "policies": [plan.first.label, plan.second.label],
+        "wanted": config.num_prompts,
         "items": len(items),
+        "held_out": held_out,
+        "left_out": dict(left),  # of those answered, of which there are some to spare
     }
-    left = Counter({"all answers the same": facts["num_same"], ASKED: len(rows) - len(items)})
-    for reason, count in (+left).items():
+    for reason, count in left.items():
         on_line(f"left out: {count} x {reason}")
     hours, wanted = config.deadline_hours, config.votes_wanted
     open_collection(store, project, items, votes_wanted=wanted, deadline_hours=hours, about=about)
-    on_line(f"{plan.id}: {len(items)} of {facts['num_answered']} answered prompts are asked, {facts['how']}")
+    on_line(
+        f"{plan.id}: {len(items)} of {config.num_prompts} prompts are asked: "
+        f"{len(items) - held_out} to learn from, {facts['how']}; {held_out} held out, drawn at random"
+    )
     return len(items)
 
 

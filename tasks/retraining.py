@@ -30,6 +30,7 @@ from feedback.snapshot import SnapshotConfig
 from feedback.store import Store
 from rlhf_core.config import Params
 from rlhf_core.data.formats import RowError, to_rows
+from rlhf_core.data.rows import TIE
 from rlhf_core.data.sources import read_source
 from rlhf_core.data.split import normalise, order_key, split_of
 from rlhf_core.errors import InputError
@@ -301,7 +302,8 @@ def values_for(
         values["data.max_demonstrations"] = max(params.data.max_demonstrations, count)
     if params.retrain.labels == "human":
         values["preferences.num_prompts"] = 0
-        held_out = sum(split_of(row["prompt"], params.data.eval_fraction) == "eval" for row in pairs)
+        decided = [row for row in pairs if row.get("probability") != TIE]  # ties are no part of an accuracy
+        held_out = sum(split_of(row["prompt"], params.data.eval_fraction) == "eval" for row in decided)
         if held_out >= max(1, params.retrain.min_held_out):
             values["preferences.num_eval_prompts"] = 0
     return values

@@ -8,7 +8,7 @@ by the next, see `feedback.watching.claim`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -147,13 +147,27 @@ def table(found: Watched, state: Progress) -> str:
         ("all there, at this pace", moment(at_pace) if at_pace else "unknown: no votes lately"),
         ("deadline", moment(found.deadline) if found.deadline else "none"),
         ("opened", moment(found.opened)),
-        ("asked", f"{found.about.get('items', '?')} prompts, {found.about.get('how', '')}"),
+        *asked(found.about),
     ]
     if not found.is_open:
         facts[1:4] = [("ended", f"{moment(found.ended)}, {summary(found, state)}")]
     people = [(f"annotator {name}", str(count)) for name, count in state.by_annotator.items()]
     lines = [f"| {name} | {value} |" for name, value in (*facts, *people)]
     return "\n".join([f"Feedback `{found.id}`", "", "| | |", "| --- | --- |", *lines])
+
+
+def asked(about: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What was asked, and how many of it only measure; older collections held nothing out."""
+    items, how = about.get("items", 0), about.get("how", "")
+    if "held_out" not in about:
+        return [("asked", f"{items or '?'} prompts, {how}")]
+    held_out, left = about["held_out"], about["left_out"]
+    facts = [
+        ("asked", f"{items} of {about['wanted']} prompts"),
+        ("to learn from", f"{items - held_out}, {how}"),
+        ("held out, to measure by", f"{held_out}, drawn at random"),
+    ]
+    return facts + [("answered and left out", f"{count} x {reason}") for reason, count in left.items()]
 
 
 def moment(at: datetime | None) -> str:

@@ -79,6 +79,11 @@ def change(tree, key, value):
         ("run.seed", -1, "run.seed = -1: Input should be greater than or equal to 0"),
         ("collect.first", "best", "collect.first = 'best': String should match pattern"),
         ("collect.samples", 1, "collect.samples = 1: Input should be greater than or equal to 2"),
+        (
+            "collect.held_out_share",
+            1.1,
+            "collect.held_out_share = 1.1: Input should be less than or equal to 1",
+        ),
         ("collect.votes_wanted", 301, r"collect.votes_wanted \(301\) must not exceed the 300 votes"),
         ("ppo.learning_rate", float("nan"), "ppo.learning_rate = nan: Input should be"),
         ("sft.num_epochs", "many", "sft.num_epochs = 'many': Input should be a valid integer"),
@@ -96,6 +101,19 @@ def test_where_policies_disagree_there_must_be_two(tree):
         parse_params(tree, "params.yaml")
     tree["collect"]["first"] = 7
     assert parse_params(tree, "params.yaml").collect.first == "7"
+
+
+def test_what_is_held_out_leaves_something_to_choose(tree):
+    tree["collect"] |= {"num_prompts": 2, "held_out_share": 0.8}  # round(1.6) = 2
+    assert parse_params(tree, "params.yaml").collect.num_held_in == 0  # to measure alone is a collection too
+    for choose in ("uncertain", "disagreement"):
+        tree["collect"]["choose"] = choose
+        with pytest.raises(
+            InputError, match=rf"held_out_share \(0.8\) leaves none of collect.num_prompts \(2\) .*{choose}"
+        ):
+            parse_params(tree, "params.yaml")
+    tree["collect"]["num_prompts"] = 3
+    assert parse_params(tree, "params.yaml").collect.num_held_in == 1
 
 
 def test_votes_that_would_all_weigh_nothing_are_refused(tree):

@@ -19,6 +19,7 @@ from rlhf_core.atomic import staged_dir
 from rlhf_core.collecting import choosing
 from rlhf_core.collecting.prompts import drawn_key
 from rlhf_core.config import Params, SamplingConfig, parse_params
+from rlhf_core.config.collect import SCORED
 from rlhf_core.errors import InputError, RLHFError
 from rlhf_core.evaluation.results import rounded
 from rlhf_core.generation import generate
@@ -26,7 +27,6 @@ from rlhf_core.modeling.loading import check_model_dir, load_policy
 
 Row = dict[str, Any]
 ANSWERS, FACTS = "answers.jsonl", "facts.json"
-SCORED = ("uncertain", "disagreement")  # ways of choosing that read a reward model
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Spec:
     first: Path
     second: Path | None
     reward: Path | None  # only where it chooses
-    prompts: Path  # JSON lines with prompt, messages, source
+    prompts: Path  # JSON lines with prompt, messages, source, held_out
     labels: tuple[str, str]  # what the answers of each policy are called in the items
     seed: int
     key: str  # of the collection; the order of answers and prompts hangs on it
@@ -92,12 +92,8 @@ def answer(spec: Spec, out: Path) -> None:
     differing = [row for row in rows if len({response["text"] for response in row["responses"]}) > 1]
     if not differing:
         raise InputError(f"collect: all {len(rows)} prompts have answers that are the same; nothing to ask")
-    chosen = _choose(spec, differing)
-    facts = {"how": chosen.how, "num_answered": len(rows), "num_same": len(rows) - len(differing)}
-    picked = [
-        differing[place] | {"chosen_by": rounded(value)}
-        for place, value in zip(chosen.places, chosen.values, strict=True)
-    ]
+    picked, how = _pick(spec, differing)
+    facts = {"how": how, "num_answered": len(rows), "num_same": len(rows) - len(differing)}
     picked.sort(key=lambda row: drawn_key(spec.key, row["prompt"]))
     with staged_dir(out) as directory:
         lines = [json.dumps(_in_order(row, spec.key), ensure_ascii=False) + "\n" for row in picked]
@@ -143,15 +139,33 @@ def _all_answers(spec: Spec, conversations: list[list[dict[str, str]]]) -> list[
     return found
 
 
+def _pick(spec: Spec, rows: Sequence[Row]) -> tuple[list[Row], str]:
+    """The rows that are asked, each with what it was chosen by, and how those were chosen that teach.
+
+    Held-out ones are taken as they were drawn: an accuracy on prompts that were chosen by the scores of a
+    reward model would not be that on prompts as they come.
+    """
+    held_in = [row for row in rows if not row["held_out"]]
+    held_out = [row for row in rows if row["held_out"]]
+    chosen = _choose(spec, held_in)
+    drawn = choosing.choose_drawn(len(held_out), spec.params.collect.num_held_out)
+    picked = [
+        own[place] | {"chosen_by": rounded(value)}
+        for own, found in ((held_in, chosen), (held_out, drawn))
+        for place, value in zip(found.places, found.values, strict=True)
+    ]
+    return picked, chosen.how
+
+
 def _choose(spec: Spec, rows: Sequence[Row]) -> choosing.Chosen:
     config = spec.params.collect
-    if config.choose not in SCORED:
-        return choosing.choose_drawn(len(rows), config.num_prompts)
+    if config.choose not in SCORED or not rows:
+        return choosing.choose_drawn(len(rows), config.num_held_in)
     scores = _scores(spec, rows)
     if config.choose == "uncertain":
-        return choosing.choose_uncertain(scores, config.num_prompts)
+        return choosing.choose_uncertain(scores, config.num_held_in)
     is_first = [place < spec.shares[0] for place in range(config.samples)]
-    return choosing.choose_disagreement(scores, is_first, config.num_prompts)
+    return choosing.choose_disagreement(scores, is_first, config.num_held_in)
 
 
 def _scores(spec: Spec, rows: Sequence[Row]) -> list[list[list[float]]]:

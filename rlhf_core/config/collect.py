@@ -10,6 +10,7 @@ from rlhf_core.config.parts import SamplingConfig, Section
 
 MOST_SAMPLES = 9  # as many answers as an annotator has digit keys for
 Choose = Literal["random", "uncertain", "disagreement", "production"]
+SCORED = ("uncertain", "disagreement")  # ways of choosing that read a reward model
 
 
 def _as_text(value: Any) -> Any:
@@ -27,6 +28,7 @@ class CollectConfig(Section):
     """Which prompts, whose answers, how many votes, and until when."""
 
     num_prompts: PositiveInt
+    held_out_share: float = Field(ge=0.0, le=1.0)
     choose: Choose
     first: PolicyName
     second: PolicyName
@@ -43,12 +45,29 @@ class CollectConfig(Section):
     sampling: SamplingConfig
     batch_size: PositiveInt
 
+    @property
+    def num_held_out(self) -> int:
+        return round(self.held_out_share * self.num_prompts)
+
+    @property
+    def num_held_in(self) -> int:
+        return self.num_prompts - self.num_held_out
+
     @model_validator(mode="after")
     def check_policies(self) -> Self:
         if self.choose == "disagreement" and self.first == self.second:
             raise ValueError(
                 f"collect.choose (disagreement) needs two policies, and collect.first and collect.second are "
                 f"both {self.first}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_choice(self) -> Self:
+        if self.choose in SCORED and self.num_held_in == 0:
+            raise ValueError(
+                f"collect.held_out_share ({self.held_out_share}) leaves none of collect.num_prompts "
+                f"({self.num_prompts}) for collect.choose ({self.choose}): held-out ones are drawn at random"
             )
         return self
 

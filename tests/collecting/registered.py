@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from rlhf_core.config import change_params
-from rlhf_core.data.rows import write_rows
+from rlhf_core.data.rows import SPLITS, write_rows
 from rlhf_core.data.split import split_of
 from rlhf_core.mlflow_writer import experiment_id, open_client
 
@@ -25,13 +25,16 @@ def dvc(where: Path, *words: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def held_in(count: int, fraction: float) -> list[str]:
-    texts = (f"how are you on day {i}, my friend?" for i in range(10 * count))
-    return [text for text in texts if split_of(text, fraction) == "train"][:count]
+def of_side(side: str, count: int, fraction: float) -> list[str]:
+    texts = (f"how are you on day {i}, my friend?" for i in range(20 * count))
+    return [text for text in texts if split_of(text, fraction) == side][:count]
 
 
 def make_workspace(place: Path, root: Path, sft: Path, reward: Path, count: int = 30) -> dict[str, str]:
-    """Fill `place`; the tags of a version that was made of what DVC holds there."""
+    """Fill `place`; the tags of a version that was made of what DVC holds there.
+
+    On each side of the split it has `count` prompts.
+    """
     place.mkdir()
     shutil.copyfile(root / "params.yaml", place / "params.yaml")
     (place / "flows").symlink_to(root / "flows")
@@ -41,11 +44,12 @@ def make_workspace(place: Path, root: Path, sft: Path, reward: Path, count: int 
     dvc(place, "init", "--no-scm", "-q")
     shutil.copytree(sft, place / "models" / "sft")
     shutil.copytree(reward, place / "models" / "reward")
-    rows = [
-        {"prompt": text, "messages": [{"role": "user", "content": text}], "source": "test", "row": i}
-        for i, text in enumerate(held_in(count, params.data.eval_fraction))
-    ]
-    write_rows(place / "data" / "prepared" / "prompts" / "train.parquet", rows, "prompts")
+    for side in SPLITS:
+        rows = [
+            {"prompt": text, "messages": [{"role": "user", "content": text}], "source": "test", "row": i}
+            for i, text in enumerate(of_side(side, count, params.data.eval_fraction))
+        ]
+        write_rows(place / "data" / "prepared" / "prompts" / f"{side}.parquet", rows, "prompts")
     dvc(place, "add", "-q", *OUTPUTS)
     tags = {"sft_model": f"{NAME}-sft/1"}
     for output in OUTPUTS:

@@ -19,14 +19,26 @@ from .reward_models import make_reward_model
 LABELS = ("rlhf-policy/1", "rlhf-policy/2")
 
 
-def write_prompts(path, count=12):
+def write_prompts(path, count=12, held_out=0):
+    """The last `held_out` of them are so."""
     rows = [f"how are you on day {i}?" for i in range(count)]
     lines = [
-        json.dumps({"prompt": text, "messages": [{"role": "user", "content": text}], "source": "test"})
-        for text in rows
+        json.dumps(
+            {
+                "prompt": text,
+                "messages": [{"role": "user", "content": text}],
+                "source": "test",
+                "held_out": i >= count - held_out,
+            }
+        )
+        for i, text in enumerate(rows)
     ]
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def day(prompt):
+    return int(prompt.removeprefix("how are you on day ").removesuffix("?"))
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +60,13 @@ def spec(root, tmp_path, tiny_model_dir, other_model_dir):
     return make_spec(root, tmp_path, tiny_model_dir, other_model_dir)
 
 
-def make_spec(root, tmp_path, first, second, reward=None, **collect):
+def make_spec(root, tmp_path, first, second, reward=None, held_out=0, **collect):
     tree = read_yaml(root / "params.yaml")
     tree["run"] |= {"device": "cpu", "precision": "float32"}
-    tree["collect"] |= {"num_prompts": 5} | collect
+    tree["collect"] |= {"num_prompts": 5, "held_out_share": 0.0} | collect
     tree["collect"]["sampling"] |= {"max_new_tokens": 8, "temperature": 1.0}
     params = parse_params(tree, "test")
-    prompts = write_prompts(tmp_path / "prompts.jsonl")
+    prompts = write_prompts(tmp_path / "prompts.jsonl", held_out=held_out)
     return Spec(first, second, reward, prompts, LABELS, 5, "collect-x", params)
 
 
@@ -132,6 +144,52 @@ def test_choice_by_the_reward_model_is_that_of_its_scores(
         doubt[row["prompt"]] = spread if members > 1 else -abs(mean)
     wanted = sorted(doubt, key=lambda prompt: -doubt[prompt])[:4]
     assert {row["prompt"] for row in rows} == set(wanted)
+
+    # Of twelve prompts the last six are held out: the doubt chooses among the others alone, and of those
+    # the first ones are taken, whatever the doubt.
+    share = make_spec(
+        root,
+        tmp_path,
+        tiny_model_dir,
+        other_model_dir,
+        reward,
+        held_out=6,
+        choose="uncertain",
+        num_prompts=4,
+        held_out_share=0.5,
+    )
+    answer(share, tmp_path / "share")
+    rows = read_answers(tmp_path / "share")[0]
+    by_doubt = [day(prompt) for prompt in sorted(doubt, key=lambda prompt: -doubt[prompt])]
+    asked = {side: {day(row["prompt"]) for row in rows if row["held_out"] is side} for side in (True, False)}
+    assert asked[False] == set([i for i in by_doubt if i < 6][:2])
+    assert asked[True] == {6, 7}
+    assert set([i for i in by_doubt if i >= 6][:2]) != {6, 7}, "else the test shows nothing"
+
+
+def test_prompts_to_spare_take_the_place_of_those_with_one_answer(
+    root, tmp_path, tiny_model_dir, other_model_dir, monkeypatch
+):
+    """By hand: of six on each side the second and the third have one answer only; three are asked."""
+    spec = make_spec(
+        root, tmp_path, tiny_model_dir, other_model_dir, held_out=6, num_prompts=6, held_out_share=0.5
+    )
+    real = answering._all_answers
+
+    def some_alike(*arguments):
+        return [
+            [r | {"text": "the same" if place in (1, 2, 7, 8) else f"answer {i}"} for i, r in enumerate(own)]
+            for place, own in enumerate(real(*arguments))
+        ]
+
+    monkeypatch.setattr(answering, "_all_answers", some_alike)
+    answer(spec, tmp_path / "out")
+    rows, facts = read_answers(tmp_path / "out")
+    days = {
+        side: sorted(day(row["prompt"]) for row in rows if row["held_out"] is side) for side in (True, False)
+    }
+    assert days == {False: [0, 3, 4], True: [6, 9, 10]}
+    assert (facts["num_answered"], facts["num_same"]) == (12, 4)
 
 
 def test_a_text_may_hold_any_line_separator(tmp_path):

@@ -132,6 +132,9 @@ def test_a_collection_is_asked_shown_and_told_of_once(home, server, store):
         assert NAME not in item.id
     (shown,) = artifacts(server, project)
     assert (shown.data, "0 of 3" in shown.description) == (0.0, True)
+    assert "| asked | 4 of 4 prompts |" in shown.description
+    assert "| to learn from | 3, drawn at random |" in shown.description
+    assert "| held out, to measure by | 1, drawn at random |" in shown.description
     vote(store, project)
     assert watch_feedback() == "votes are waited for"
     assert events(server, project) == []
@@ -263,7 +266,7 @@ def test_the_deadline_closes_it_and_says_that_nobody_voted(home, server, store, 
 
 
 @pytest.mark.slow
-def test_production_prompts_of_the_evaluations_side_are_never_asked(home, store, tmp_path, params):
+def test_production_prompts_of_the_evaluations_side_are_held_out_like_others(home, store, tmp_path, params):
     texts = [f"can you tell me about place {i}, please?" for i in range(20)]
     rows = [f'{{"prompt": "{text}", "responses": ["yes"]}}' for text in texts]
     (tmp_path / "used.jsonl").write_text("\n".join(rows))
@@ -272,9 +275,14 @@ def test_production_prompts_of_the_evaluations_side_are_never_asked(home, store,
     add_imported(store, "system", project, read_items(tmp_path / "used.jsonl", project))
     held_in = {text for text in texts if split_of(text, params.data.eval_fraction) == "train"}
     assert 0 < len(held_in) < 20
-    asked = collect_feedback(size=20, choose="production")
+    off = ["collect.held_out_share=0", "collect.ask_again=true"]
+    asked = collect_feedback(size=20, choose="production", overrides=off)
     assert {item.prompt for item in gather(store, asked).items} <= held_in
     assert len(gather(store, asked).items) >= len(held_in) - 2  # but for those answered twice the same
+    share = ["collect.held_out_share=0.5", "collect.ask_again=true"]
+    asked = collect_feedback(size=4, choose="production", overrides=share)
+    sides = [item.prompt in held_in for item in gather(store, asked).items]
+    assert (sides.count(True), sides.count(False)) == (2, 2)
 
 
 @pytest.mark.slow

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_core.collecting.prompts import ASKED, HELD_OUT, TWICE, askable, drawn_key, in_drawn_order
+from rlhf_core.collecting.prompts import ASKED, HELD_OUT, MOVED, TWICE, askable, drawn_key, in_drawn_order
 from rlhf_core.data.split import prompt_hash, split_of
 
 
@@ -22,22 +23,38 @@ def texts_by_side(fraction, count=200):
     return sides
 
 
-def test_held_out_prompts_are_left_out_wherever_they_come_from(params):
+def prompts(kept):
+    return {side: [found["prompt"] for found in own] for side, own in kept.items()}
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_held_out_prompts_stand_apart_and_are_left_out_where_none_is_wanted(params, raw):
     sides = texts_by_side(params.data.eval_fraction)
     assert 20 < len(sides["eval"]) < 60
-    for raw in (False, True):
-        kept, left_out = askable(
-            [row(t) for t in sides["train"] + sides["eval"]], params.data, set(), raw=raw
-        )
-        assert [found["prompt"] for found in kept] == sides["train"]
-        assert left_out == {HELD_OUT: len(sides["eval"])}
+    rows = [row(t) for t in sides["eval"] + sides["train"]]
+    kept, left_out = askable(rows, params.data, set(), held_out=True, raw=raw)
+    assert prompts(kept) == sides
+    assert not left_out
+    kept, left_out = askable(rows, params.data, set(), held_out=False, raw=raw)
+    assert prompts(kept) == {"train": sides["train"], "eval": []}
+    assert left_out == {HELD_OUT: len(sides["eval"])}
 
 
-def test_asked_and_repeated_prompts_are_left_out_in_whatever_writing(params):
-    one, two, three, *_ = texts_by_side(params.data.eval_fraction)["train"]
+def test_a_prompt_that_another_split_has_moved_is_not_asked(params):
+    """A policy that was trained on it has learnt from what is held out now, and the other way round."""
+    sides = texts_by_side(params.data.eval_fraction)
+    rows = [row(text) | {"split": then} for own in sides.values() for text, then in zip(own, sides)]
+    kept, left_out = askable(rows, params.data, set(), held_out=True)
+    assert prompts(kept) == {"train": sides["train"][:1], "eval": sides["eval"][1:2]}
+    assert left_out == {MOVED: 2}
+
+
+@pytest.mark.parametrize("side", ["train", "eval"])
+def test_asked_and_repeated_prompts_are_left_out_in_whatever_writing(params, side):
+    one, two, three, *_ = texts_by_side(params.data.eval_fraction)[side]
     rows = [row(one), row(two), row(f"  {two.upper()} "), row(three)]
-    kept, left_out = askable(rows, params.data, {prompt_hash(one.upper())})
-    assert [found["prompt"] for found in kept] == [two, three]
+    kept, left_out = askable(rows, params.data, {prompt_hash(one.upper())}, held_out=True)
+    assert prompts(kept)[side] == [two, three]
     assert left_out == {ASKED: 1, TWICE: 1}
 
 
@@ -49,10 +66,13 @@ def test_what_users_wrote_goes_through_the_rules_of_prepare(params):
     personal = f"write to me{next(held_in)}@example.com please"
     short = next(text for text in ("hi", "yo", "hm", "ok", "no") if split_of(text, fraction) == "train")
     good = texts_by_side(fraction)["train"][0]
-    kept, left_out = askable([row(personal), row(short), row(good)], params.data, set(), raw=True)
-    assert [found["prompt"] for found in kept] == [good]
+    kept, left_out = askable(
+        [row(personal), row(short), row(good)], params.data, set(), held_out=True, raw=True
+    )
+    assert prompts(kept) == {"train": [good], "eval": []}
     assert left_out == {"personal data: e-mail address": 1, "prompt is shorter than data.min_prompt_chars": 1}
-    assert len(askable([row(personal)], params.data, set())[0]) == 1  # prepared: it was looked at before
+    kept, _ = askable([row(personal)], params.data, set(), held_out=True)
+    assert len(kept["train"]) == 1  # prepared: it was looked at before
 
 
 @given(st.lists(st.text(max_size=8), unique_by=lambda t: prompt_hash(t)), st.integers(0, 3), st.randoms())

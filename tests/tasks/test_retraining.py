@@ -22,6 +22,7 @@ from tasks import retraining, worktrees
 from tasks.workspace import BusyError
 
 NOW = datetime(2026, 11, 20, tzinfo=UTC)
+FIRST = Choice(choice="a", strength=2)
 
 
 def command(where, *words):
@@ -53,14 +54,14 @@ def home(tmp_path, monkeypatch, root):
     return made
 
 
-def votes_on(prompts, *, corrections=(), new=None, number=7):
-    """Ann prefers the first of two answers to each prompt, and corrects others."""
+def votes_on(prompts, *, corrections=(), new=None, number=7, judged=FIRST):
+    """Ann says `judged` of two answers to each prompt (the first is better), and corrects others."""
     ann = [Annotator(id="ann", name="Ann")]
     said = []
     for kind, asked in (("pairwise", prompts), ("correction", corrections)):
         project = Project(id=f"p-{kind}", name="P", kind=kind)
         texts = ["a good answer", "a bad answer"][: 2 if kind == "pairwise" else 1]
-        value = Choice(choice="a", strength=2) if kind == "pairwise" else Correction(text="a better answer")
+        value = judged if kind == "pairwise" else Correction(text="a better answer")
         items = [
             Item(
                 id=f"{kind}-{i}",
@@ -217,6 +218,17 @@ def test_people_alone_train_and_ai_pairs_measure_where_few_are_held_out(home, ro
         assert values["preferences.max_human_pairs"] == len(prompts)
         assert ("preferences.num_eval_prompts" in values) is measured_by_people
         assert "data.demonstrations" not in values, "SFT stays as it is without corrections"
+
+
+def test_ties_measure_nothing_and_do_not_count_as_held_out_pairs(home, root):
+    params = with_values(root, retrain={"min_held_out": 10, "ties": "keep"})
+    held_out = [prompt for prompt in PROMPTS if split_of(prompt, params.data.eval_fraction) == "eval"]
+    learnt = [prompt for prompt in PROMPTS if prompt not in held_out]
+    assert len(held_out) >= 10
+    data = retraining.build(home, params, votes_on(learnt + held_out[:10], judged=Choice(choice="tie")))
+    assert len(data.preferences) == len(learnt) + 10
+    data.write(home / retraining.FEEDBACK)
+    assert "preferences.num_eval_prompts" not in retraining.values_for(params, home, data.manifest, None)
 
 
 def test_mixed_keeps_ai_pairs_and_ai_alone_takes_no_vote(home, root):
