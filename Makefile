@@ -17,7 +17,7 @@ AXE := axe-core@4.14.1
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-slow lint format up bench bench-peers clean
+.PHONY: help setup run test test-slow test-gpu lint format up bench bench-peers clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -57,7 +57,7 @@ $(VENV)/axe/$(AXE): | $(BIN)/python
 	    echo "no $(AXE): tests of accessibility will skip" >&2
 
 test: $(VENV)/.installed-dev $(VENV)/axe/$(AXE)  ## the test suite
-	@OMP_NUM_THREADS=1 python -m pytest -m "not slow" -n $(JOBS) --dist loadgroup --no-loadscope-reorder $(ARGS)
+	@OMP_NUM_THREADS=1 python -m pytest -m "not slow and not gpu" -n $(JOBS) --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 test-slow: $(VENV)/.installed-dev $(VENV)/axe/$(AXE)  ## proofs that take long
 	@python -m pytest -m slow $(ARGS)
@@ -67,6 +67,9 @@ lint: $(VENV)/.installed-dev  ## style, types, direction of imports
 	@ruff format --check .
 	@mypy
 	@lint-imports
+
+test-gpu: $(VENV)/.installed-dev  ## what only a GPU can show: same numbers as the CPU, resume, the smoke run
+	@python -m pytest -m gpu tests/gpu $(ARGS)
 
 format: $(VENV)/.installed-dev  ## put the code into the house style
 	@ruff check --fix .

@@ -8,13 +8,15 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import torch
+
 from rlhf_core.cli import BENCHMARKS
 
 
 def main() -> None:
     failed = []
     for part, module in BENCHMARKS.items():
-        if part == "all":
+        if part == "all" or (part == "gpu" and not torch.cuda.is_available()):
             continue
         print(f"\nrlhf bench {part}", flush=True)
         if subprocess.run([sys.executable, "-m", f"benchmarks.{module}"], check=False).returncode:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.clock import peak_gib
 from benchmarks.peers import CASES, Case, run, write_case
 from benchmarks.speed import matrix_ceiling, measure
 from rlhf_core.config import load_params
@@ -72,7 +72,7 @@ def passes(rows: int, length: int, repeats: int) -> dict[str, Any]:
 
 
 def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
+    return int(2**20 * peak_gib())  # KiB
 
 
 def growth_of_passes(repeats: int) -> Table:

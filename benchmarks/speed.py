@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import GenerationConfig
 
+from benchmarks.clock import now
 from benchmarks.endless import EndlessTokenizer
 from rlhf_core.config import SamplingConfig, load_params
 from rlhf_core.generation import generate
@@ -35,14 +35,15 @@ NEW_TOKENS = 32
 Seconds = list[float]
 
 
-def matrix_ceiling(dtype: torch.dtype, device: torch.device, size: int = 2048) -> float:
+def matrix_ceiling(dtype: torch.dtype, device: torch.device) -> float:
     """FLOP/s of a large square matrix product."""
+    size, times = (2048, 4) if device.type == "cpu" else (8192, 20)
     a = torch.randn(size, size, dtype=dtype, device=device)
     a @ a
-    started = time.perf_counter()
-    for _ in range(4):
+    started = now()
+    for _ in range(times):
         a @ a
-    return 4 * 2 * size**3 / (time.perf_counter() - started)
+    return times * 2 * size**3 / (now() - started)
 
 
 def measure(cases: dict[str, Callable[[], object]], repeats: int) -> dict[str, Seconds]:
@@ -52,9 +53,9 @@ def measure(cases: dict[str, Callable[[], object]], repeats: int) -> dict[str, S
     seconds: dict[str, Seconds] = {name: [] for name in cases}
     for _ in range(repeats):
         for name, case in cases.items():
-            started = time.perf_counter()
+            started = now()
             case()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(now() - started)
     return seconds
 
 
@@ -108,14 +109,14 @@ class Writers:
         )
 
 
-def generation(model: Any, tokenizer: Any, repeats: int) -> Table:
+def generation(model: Any, tokenizer: Any, repeats: int, *, continuous: bool = True) -> Table:
     table = Table(title=f"Generation, {NEW_TOKENS} tokens an answer")
     for column in ("prompts x answers", "engine", "tokens/s (range)", "ratio", "first token, ms"):
         table.add_column(column)
     for prompts, copies in ((1, 1), (16, 1), (64, 1), (16, 4)):
         writers = Writers(model, tokenizer, prompts, copies)
         engines = {"transformers.generate": writers.transformers, "this project": writers.ours}
-        if (prompts, copies) == (16, 1):  # on a CPU it takes long
+        if continuous and (prompts, copies) == (16, 1):  # on a CPU it takes long
             engines["transformers, continuous batching"] = writers.continuous
         whole = measure({name: lambda w=w: w(NEW_TOKENS) for name, w in engines.items()}, repeats)
         first = measure({name: lambda w=w: w(1) for name, w in engines.items()}, repeats)

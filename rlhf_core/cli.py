@@ -65,6 +65,7 @@ QUIET = {
 BENCHMARKS = {  # modules of benchmarks/
     "generation": "speed",
     "growth": "growth",
+    "gpu": "gpu",
     "peers": "peers",
     "serving": "serving",
     "feedback": "load",
@@ -202,7 +203,7 @@ def up(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
 )
 def bench(context: typer.Context) -> None:
-    """Measure speed in this checkout: generation, growth, `peers CASE ...`, serving, startup, run, all."""
+    """Measure speed in this checkout: generation, growth, gpu, `peers CASE`, serving, startup, run, all."""
     part, *options = context.args or ["--help"]
     if part not in BENCHMARKS:
         raise InputError(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rlhf_core.config import SamplingConfig
 from rlhf_core.modeling.encoding import encode_prompt
-from rlhf_core.modeling.logprobs import CHUNK
+from rlhf_core.modeling.logprobs import rows_at_once
 from rlhf_core.modeling.running import open_rows
 
 if TYPE_CHECKING:
@@ -60,8 +60,7 @@ def draw(logits: Tensor, uniforms: Tensor, sampling: SamplingConfig) -> tuple[Te
 
     logits (B, V), uniforms (B,) in [0, 1) -> (B,) int64 and (B,) float32.
     """
-    # Some rows at a time on a CPU: what stands between logits and token stays in the processor's cache.
-    rows = max(1, CHUNK // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
+    rows = rows_at_once(logits)
     parts = zip(logits.split(rows), uniforms.split(rows), strict=True)
     tokens, logprobs = zip(*(_draw(*part, sampling) for part in parts), strict=True)
     return torch.cat(tokens), torch.cat(logprobs)

@@ -33,7 +33,7 @@ def make_optimizer(
         return ZeroAdamW(parameters, learning_rate, eps=eps)
     # Sharded parameters and whole ones cannot be in one fused step.
     foreach = False if ranks.shard_weights() else None
-    fused = True if foreach is None and parameters[0].device.type == "cpu" else None
+    fused = True if foreach is None and parameters[0].device.type in ("cpu", "cuda") else None
     return torch.optim.AdamW(
         parameters, lr=learning_rate, eps=eps, weight_decay=0.0, foreach=foreach, fused=fused
     )

@@ -2,7 +2,8 @@
 
 Orders enter as slots come free, in the order in which they came; a long answer takes one slot and holds up
 nobody else. A prompt is read whole between two tokens of the others, so at most `PROMPT_TOKENS` enter at a
-time. A model whose rows cannot join a running batch (any on a GPU) gets a further batch, stepped in turn.
+time. A model whose rows cannot join a running batch (of another shape than `blocks.SHAPES`) gets a further
+one, stepped in turn.
 """
 
 from __future__ import annotations

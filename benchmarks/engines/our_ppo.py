@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 
+from benchmarks.clock import now, peak_gib
 from benchmarks.endless import EndlessTokenizer
 from rlhf_core.config import Params, PPOConfig, load_params
 from rlhf_core.modeling.loading import load_policy, load_tokenizer
@@ -78,10 +77,10 @@ def watch(phases: dict[str, float]) -> None:
 
     def timed(name: Callable[..., str], function: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*arguments: Any, **named: Any) -> Any:
-            started = time.perf_counter()
+            started = now()
             found = function(*arguments, **named)
             phase = name(*arguments)
-            phases[phase] = phases.get(phase, 0.0) + time.perf_counter() - started
+            phases[phase] = phases.get(phase, 0.0) + now() - started
             return found
 
         return wrapped
@@ -110,12 +109,12 @@ def main() -> None:
         rows = conversations[number * case["batch"] : (number + 1) * case["batch"]]
         if number == 1:
             phases.clear()
-        started = time.perf_counter()
+        started = now()
         rollout = collect(actors, rows, config, number)
-        collected = time.perf_counter()
+        collected = now()
         within = dict(phases)
         update(actors, *optimizers, rollout, config, number)
-        ended = time.perf_counter()
+        ended = now()
         phases.clear()  # the update called the same functions
         phases.update(within)
         seconds.append(ended - started)
@@ -130,7 +129,7 @@ def main() -> None:
                 "tokens": tokens[1:],
                 "update_flops": config.num_ppo_epochs * actors.update_flops(rollout),
                 "flops": actors.rollout_flops(rollout) + config.num_ppo_epochs * actors.update_flops(rollout),
-                "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+                "peak_gib": peak_gib(),
                 "threads": torch.get_num_threads(),
             }
         )

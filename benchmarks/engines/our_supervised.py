@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 
+from benchmarks.clock import now, peak_gib
 from rlhf_core.config import Params, load_params
 from rlhf_core.modeling.pairs import Pair
 from rlhf_core.modeling.reward import ScalarHead
@@ -45,7 +44,7 @@ def make_task(case: dict, params: Params) -> tuple[Task, Roles, list[Any], list[
         return CompletionTask(roles, [], params.sft, 0), roles, rows, roles.parameters("policy")
     roles = open_roles(params, base, trained=["reward"], seed=0)
     with roles.using("reward") as model:
-        head = ScalarHead(model.config.hidden_size, 0)
+        head = ScalarHead(model.config.hidden_size, 0).to(roles.device)
     rows = [(Pair(p, c, r, 0.0, str(i), "human"),) for i, (p, c, r) in enumerate(case["rows"])]
     return (
         PairwiseTask(roles, [head], [], params.reward),
@@ -75,9 +74,9 @@ def main() -> None:
     seconds, flops = [], []
     for step in range(case["batches"] + 1):
         batch = rows[step * case["batch"] : (step + 1) * case["batch"]]
-        started = time.perf_counter()
+        started = now()
         train_step(task, batch, optimizer, schedule, step)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(now() - started)
         flops.append(task.flops(batch))
     print(
         json.dumps(
@@ -86,7 +85,7 @@ def main() -> None:
                 "phases": {},
                 "tokens": case["tokens"][1:],
                 "flops": sum(flops[1:]) / case["batches"],
-                "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+                "peak_gib": peak_gib(),
             }
         )
     )

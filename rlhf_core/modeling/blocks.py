@@ -41,10 +41,14 @@ def computing_type(model: PreTrainedModel) -> torch.dtype:
 
 def applies_to(model: PreTrainedModel) -> bool:
     """Whether the blocks of `model` are computed here."""
+    return model.device.type == "cpu" and knows(model)
+
+
+def knows(model: PreTrainedModel) -> bool:
+    """Whether `model` is whole, not in training mode, and of a shape that is understood here."""
     config = model.config
     return (
-        model.device.type == "cpu"
-        and config.model_type in SHAPES
+        config.model_type in SHAPES
         and getattr(config, "hidden_act", "") == "silu"
         and getattr(config, "sliding_window", None) is None
         and (config.rope_parameters or {}).get("rope_type") in STILL_ROTATIONS

@@ -42,7 +42,11 @@ def resolve_dtype(run: RunConfig, device: torch.device) -> torch.dtype:
 
 
 def use_determinism(device: torch.device) -> None:
-    """Make a repetition give the same bits; on a GPU at some cost in speed."""
+    """Make a repetition give the same bits on a CPU, and on a GPU nearly, at some cost in speed.
+
+    There the gradient of fused attention still adds in any order: torch makes it exact only where all else
+    that is not would be an error.
+    """
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms would import the compiler, 2 s

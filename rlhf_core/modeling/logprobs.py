@@ -15,7 +15,8 @@ from rlhf_core.modeling.trunk import last_hidden
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CHUNK = 2**19  # logits in float32 at once
+CHUNK = 2**19  # logits in float32 at once on a CPU, for its cache
+GPU_CHUNK = 2**27  # elsewhere, for memory: 512 MiB, and a vocabulary of 150,000 is long enough to fill a GPU
 
 
 def response_hidden(hidden: Tensor, batch: TokenBatch) -> Tensor:
@@ -45,7 +46,8 @@ def token_logprobs(
 
 class _TokenLogprobs(torch.autograd.Function):
     """Some rows at a time: what stands between logits and result in float32 stays in the processor's cache,
-    and only the logits themselves are kept for the backward pass, in their own type."""
+    or takes a bounded part of a GPU's memory, and only the logits themselves are kept for the backward pass,
+    in their own type."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -81,9 +83,14 @@ def _scaled(logits: Tensor, temperature: float) -> Tensor:
 
 
 def _slices(logits: Tensor) -> list[slice]:
-    """Rows that together hold about `CHUNK` logits."""
-    step = max(1, CHUNK // logits.shape[-1]) if logits.device.type == "cpu" else max(1, len(logits))
+    step = rows_at_once(logits)
     return [slice(start, start + step) for start in range(0, len(logits), step)]
+
+
+def rows_at_once(logits: Tensor) -> int:
+    """How many rows of logits (N, V) are looked at together."""
+    chunk = CHUNK if logits.device.type == "cpu" else GPU_CHUNK
+    return max(1, chunk // logits.shape[-1])
 
 
 def scatter_to_mask(values: Tensor, mask: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from rlhf_core.modeling import blocks, products
 from rlhf_core.modeling.blocks import Heads, norm, rotated
 from rlhf_core.modeling.products import PackedProduct, Product
+from rlhf_core.modeling.slots import SlotRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,6 +44,8 @@ def open_rows(model: PreTrainedModel, slots: int, longest: int) -> RunningRows:
     """Room for `slots` rows of at most `longest` tokens."""
     if blocks.applies_to(model):
         return StaticRows(model, slots, longest)
+    if model.device.type == "cuda" and blocks.knows(model):
+        return SlotRows(model, slots, longest)
     return CachedRows(model)
 
 
@@ -62,6 +65,9 @@ class CachedRows:
         mask = torch.arange(longest) >= (longest - lengths)[:, None]
         ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
         self._mask, self._cache = mask.to(self._model.device), DynamicCache(config=self._model.config)
+        self._padded = any(
+            len(prompt) < longest for prompt in prompts
+        )  # asking the mask would wait for the GPU
         positions = (self._mask.long().cumsum(dim=1) - 1).clamp(min=0)
         logits = self._forward(ids.to(self._model.device), positions)
         if copies > 1:
@@ -79,12 +85,13 @@ class CachedRows:
 
     def keep(self, slots: Tensor) -> None:
         self._mask = self._mask[slots]
+        self._padded = not bool(self._mask.all())
         self._cache.batch_select_indices(slots)
 
     def _forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         hidden = self._model.base_model(
             input_ids=input_ids,
-            attention_mask=None if bool(self._mask.all()) else self._mask,
+            attention_mask=self._mask if self._padded else None,
             position_ids=positions,
             past_key_values=self._cache,
             use_cache=True,

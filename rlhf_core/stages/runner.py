@@ -9,6 +9,7 @@ import json
 import math
 import os
 import resource
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -51,13 +52,21 @@ def run_stage(stage: str, params: Params, layout: Layout) -> dict[str, float]:
         if tracker.history:
             write_text(layout.history(stage), history_csv(tracker.history))
         write_text(layout.metrics(stage), json.dumps(round_metrics(metrics), indent=2) + "\n")
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
-        tracker.log_perf({"perf/seconds": time.monotonic() - started, "perf/peak_memory_gib": peak})
+        tracker.log_perf({"perf/seconds": time.monotonic() - started} | peak_memory())
         tracker.log_perf({"perf/starting_seconds": starting} | around_work(tracker, started))
         tracker.log_perf({"perf/num_processes": ranks.count()})
         tracker.final(metrics)
         write_text(run_dir / "perf.json", json.dumps(tracker.perf, indent=2))
     return metrics
+
+
+def peak_memory() -> dict[str, float]:
+    """Of this process: main memory, and a GPU's where one was used."""
+    found = {"perf/peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}  # from KiB
+    torch = sys.modules.get("torch")  # most stages that need none do not load it
+    if torch is not None and torch.cuda.is_initialized():
+        found["perf/peak_gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return found
 
 
 def around_work(tracker: Tracker, started: float) -> dict[str, float]:

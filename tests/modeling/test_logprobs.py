@@ -75,6 +75,13 @@ def test_logprobs_in_pieces_have_the_gradient_of_the_plain_definition(dtype, tem
     assert torch.equal(found.detach(), before)
 
 
+def test_a_gpu_takes_pieces_that_bound_its_memory():
+    logits = torch.empty(5000, 150_000, device="meta")
+    pieces = logprobs_module._slices(logits)
+    assert [row for part in pieces for row in range(*part.indices(5000))] == list(range(5000))
+    assert max(part.stop - part.start for part in pieces) * 150_000 * 4 <= 2**29
+
+
 def test_scatter_to_mask_puts_values_in_row_order():
     mask = torch.tensor([[True, False], [True, True]])
     assert scatter_to_mask(torch.tensor([1.0, 2.0, 3.0]), mask).tolist() == [[1.0, 0.0], [2.0, 3.0]]
