@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import json
 import math
 import shutil
 import sys
@@ -22,12 +21,13 @@ from feedback.records import Item, Message, Project, Response, TaskKind
 from feedback.store import Store
 from feedback.watching import list_collections, open_collection
 from rlhf_core.atomic import write_text
-from rlhf_core.collecting.answers import SCORED, Row, Spec, read_answers
+from rlhf_core.collecting.answers import SCORED, Spec, read_answers
 from rlhf_core.collecting.prompts import ASKED, askable, in_drawn_order
 from rlhf_core.config import Params
 from rlhf_core.data.rows import read_rows
 from rlhf_core.data.split import prompt_hash
 from rlhf_core.errors import InputError, RLHFError
+from rlhf_core.json_lines import Row, lines_of
 from rlhf_core.layout import Layout
 from rlhf_core.mlflow_writer import registered_model_dir
 from tasks import products
@@ -93,8 +93,7 @@ def make_answers(root: Path, plan: Plan, store: Store, on_line: Callable[[str], 
     models = place / "models"
     try:
         rows = _prompts(root, plan, store, models, on_line)
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        write_text(place / "prompts.jsonl", "".join(lines))
+        write_text(place / "prompts.jsonl", lines_of(rows))
         _make_spec(root, plan, models).save(place / "spec.json")
         _run_answers(root, plan, on_line)
     finally:

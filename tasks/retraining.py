@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +32,7 @@ from rlhf_core.data.formats import RowError, to_rows
 from rlhf_core.data.sources import read_source
 from rlhf_core.data.split import normalise, order_key, split_of
 from rlhf_core.errors import InputError
+from rlhf_core.json_lines import Row, read_lines
 from rlhf_core.layout import Layout
 from rlhf_core.mlflow_writer import open_client, tracking_uri
 from rlhf_core.stages.prepare import fault
@@ -40,7 +40,6 @@ from tasks import products, worktrees
 from tasks.ledger import CHAMPION
 from tasks.workspace import BusyError
 
-Row = dict[str, Any]
 DATABASE_VARIABLE, KEY_VARIABLE = "RLHF_FEEDBACK_DB", "RLHF_PSEUDONYM_KEY"
 STORE, USED_TO = "feedback.store", "feedback.used_to"  # tags of a version
 FEEDBACK = Path("data") / "feedback"
@@ -289,7 +288,7 @@ def values_for(
     if manifest is None:  # the AI labeler alone
         return values | {"preferences.max_human_pairs": 0}
     directory = FEEDBACK / manifest["version"]
-    pairs = list(_lines(root / directory / PREFERENCES))
+    pairs = read_lines(root / directory / PREFERENCES)
     values |= {
         "data.preferences": [str(directory / PREFERENCES)],
         "data.max_preferences": max(params.data.max_preferences, len(pairs)),
@@ -297,7 +296,7 @@ def values_for(
     }
     if (root / directory / DEMONSTRATIONS).is_file():
         values["data.demonstrations"] = [str(directory / DEMONSTRATIONS)]
-        count = sum(1 for _ in _lines(root / directory / DEMONSTRATIONS))
+        count = len(read_lines(root / directory / DEMONSTRATIONS))
         values["data.max_demonstrations"] = max(params.data.max_demonstrations, count)
     if params.retrain.labels == "human":
         values["preferences.num_prompts"] = 0
@@ -305,11 +304,6 @@ def values_for(
         if held_out >= max(1, params.retrain.min_held_out):
             values["preferences.num_eval_prompts"] = 0
     return values
-
-
-def _lines(path: Path) -> Iterator[Row]:
-    for line in path.read_text(encoding="utf-8").splitlines():
-        yield json.loads(line)
 
 
 def lineage(

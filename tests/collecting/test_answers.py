@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from rlhf_core.collecting import answers as answering
-from rlhf_core.collecting.answers import ANSWERS, Spec, answer, read_answers, read_lines
+from rlhf_core.collecting.answers import ANSWERS, Spec, answer, read_answers
 from rlhf_core.config import parse_params, read_yaml
 from rlhf_core.errors import InputError
 
@@ -132,12 +132,6 @@ def test_choice_by_the_reward_model_is_that_of_its_scores(
         doubt[row["prompt"]] = spread if members > 1 else -abs(mean)
     wanted = sorted(doubt, key=lambda prompt: -doubt[prompt])[:4]
     assert {row["prompt"] for row in rows} == set(wanted)
-
-
-def test_a_text_may_hold_any_line_separator(tmp_path):
-    path = tmp_path / "lines.jsonl"
-    path.write_text(json.dumps({"prompt": "a\u2028b\x85c"}, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert read_lines(path) == [{"prompt": "a\u2028b\x85c"}]
 
 
 def test_a_spec_survives_its_file(spec, tmp_path):

@@ -219,6 +219,15 @@ def test_people_alone_train_and_ai_pairs_measure_where_few_are_held_out(home, ro
         assert "data.demonstrations" not in values, "SFT stays as it is without corrections"
 
 
+def test_a_prompt_may_hold_any_line_separator(home, root):
+    params = with_values(root, retrain={"min_held_out": 1})
+    prompts = [f"{prompt}\u2028and\x85so on" for prompt in PROMPTS]
+    data = retraining.build(home, params, votes_on(prompts[10:], corrections=prompts[:10]))
+    data.write(home / retraining.FEEDBACK)
+    values = retraining.values_for(params, home, data.manifest, None)
+    assert values["preferences.max_human_pairs"] == len(prompts) - 10
+
+
 def test_mixed_keeps_ai_pairs_and_ai_alone_takes_no_vote(home, root):
     mixed = with_values(root, retrain={"labels": "mixed"})
     data = retraining.build(home, mixed, votes_on(PROMPTS))
