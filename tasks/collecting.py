@@ -7,7 +7,6 @@ log (feedback/watching.py). However often it is broken off and begun again, no i
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import math
 import shutil
@@ -34,6 +33,7 @@ from tasks import products
 from tasks.asking import SFT, Plan, Policy, make_plan, open_store
 from tasks.processes import run_command
 from tasks.stages import stage_environment
+from tasks.workspace import held
 
 PRODUCTION = "production"  # the project that holds what users asked, with their consent
 RUN_NAME = "collect"
@@ -68,15 +68,9 @@ def collect(root: Path, params: Params, on_line: Callable[[str], None]) -> str:
 @contextlib.contextmanager
 def _alone(root: Path, on_wait: Callable[[str], None]) -> Iterator[None]:
     """One collection at a time is made in a checkout; who comes second waits."""
-    path = Layout(Layout(root).home).state / "collections" / "lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            on_wait("another collection is being made here; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        for left in path.parent.glob("*/models"):  # of one that was killed
+    home = Layout(root).home
+    with held(home, "collections/lock", "another collection is being made here", on_wait):
+        for left in (Layout(home).state / "collections").glob("*/models"):  # of one that was killed
             shutil.rmtree(left, ignore_errors=True)
         yield
 

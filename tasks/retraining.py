@@ -9,10 +9,9 @@ always made of all votes up to an event, and not added to.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ from rlhf_core.mlflow_writer import open_client, tracking_uri
 from rlhf_core.stages.prepare import fault
 from tasks import products, worktrees
 from tasks.ledger import CHAMPION
-from tasks.workspace import BusyError
+from tasks.workspace import held
 
 DATABASE_VARIABLE, KEY_VARIABLE = "RLHF_FEEDBACK_DB", "RLHF_PSEUDONYM_KEY"
 STORE, USED_TO = "feedback.store", "feedback.used_to"  # tags of a version
@@ -130,27 +129,11 @@ def too_few(votes: Votes, params: Params) -> str:
     return f"{found} new votes {since}, and retrain.min_votes is {wanted}: nothing to train"
 
 
-@contextlib.contextmanager
-def one_at_a_time(home: Path, *, wait: bool, say: Any = print) -> Iterator[None]:
+def one_at_a_time(
+    home: Path, *, wait: bool, say: Callable[[str], None] = print
+) -> contextlib.AbstractContextManager[None]:
     """Hold the checkout's retraining. With `wait`, until who holds it is done; else raises BusyError."""
-    path = Layout(home).state / "retrain.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            if not wait:
-                raise BusyError(
-                    f"{home}: a retraining is going on (process {holder}); wait for it, or stop it"
-                ) from None
-            say(f"a retraining is going on (process {holder}); waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
+    return held(home, "retrain.lock", "a retraining is going on", say if wait else None)
 
 
 def snapshot_config(params: Params) -> SnapshotConfig:

@@ -169,7 +169,7 @@ def test_the_second_waits_for_the_first_where_it_may(home):
         assert other.stdout.readline() == "held\n"
         said = []
         with retraining.one_at_a_time(home, wait=True, say=said.append):
-            assert other.wait(5) == 0
+            assert other.wait(60) == 0
     assert said == [f"a retraining is going on (process {other.pid}); waiting for it"]
 
 
