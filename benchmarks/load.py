@@ -7,12 +7,14 @@ how long a vote takes, and ends with status 1 when a vote was lost, doubled or c
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import httpx
@@ -28,8 +30,9 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else float("nan")
 
 
-def serve(database: Path, port: int) -> subprocess.Popen[bytes]:
-    """`rlhf feedback serve`, answering when this returns."""
+@contextlib.contextmanager
+def serving(database: Path, port: int) -> Iterator[None]:
+    """`rlhf feedback serve` for the block, in which it answers."""
     command = [
         sys.executable,
         "-m",
@@ -42,17 +45,23 @@ def serve(database: Path, port: int) -> subprocess.Popen[bytes]:
     ]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     process = subprocess.Popen(command, cwd=database.parent, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        wait_for(process, f"http://127.0.0.1:{port}/health")
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def wait_for(process: subprocess.Popen[bytes], url: str) -> None:
+    """Raises RuntimeError when it ends, or takes longer than a minute, before it answers."""
     until = time.monotonic() + 60.0
-    while True:
-        try:
-            if httpx.get(f"http://127.0.0.1:{port}/health", timeout=2.0).status_code == 200:
-                return process
-        except httpx.TransportError:
-            pass
-        if process.poll() is not None or time.monotonic() > until:
-            process.kill()
-            raise RuntimeError("the service did not start")
+    while process.poll() is None and time.monotonic() < until:
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(url, timeout=2.0).status_code == 200:
+                return
         time.sleep(0.05)
+    raise RuntimeError("the service did not start")
 
 
 def measure(directory: Path, args: argparse.Namespace) -> tuple[Outcome, list[str], float]:
@@ -60,19 +69,17 @@ def measure(directory: Path, args: argparse.Namespace) -> tuple[Outcome, list[st
     database, port = directory / "feedback.db", free_port(18600)
     habits = Habits(pause=args.pause)
     prepare(database, args.annotators, args.items, overlap_votes=3, overlap_share=0.2)
-    process = serve(database, port)
-    try:
+    with serving(database, port):
         annotators = Annotators(f"http://127.0.0.1:{port}", args.annotators, habits)
-        annotators.wait_for_votes(args.annotators)  # all are signed in
-        annotators.outcome.vote_seconds.clear()
-        annotators.outcome.page_seconds.clear()
-        began = time.monotonic()
-        time.sleep(args.minutes * 60.0)
-        seconds = time.monotonic() - began
-        outcome = annotators.finish()
-    finally:
-        process.terminate()
-        process.wait()
+        try:
+            annotators.wait_for_votes(args.annotators)  # all are signed in
+            annotators.outcome.vote_seconds.clear()
+            annotators.outcome.page_seconds.clear()
+            began = time.monotonic()
+            time.sleep(args.minutes * 60.0)
+            seconds = time.monotonic() - began
+        finally:
+            outcome = annotators.finish()  # else their threads would go on
     store = Store(database)
     wrong = faults(store, outcome)
     store.close()
@@ -86,6 +93,7 @@ def main() -> None:
     parser.add_argument("--pause", type=float, default=2.0, help="mean seconds with an item; 0: none")
     parser.add_argument("--items", type=int, default=5000)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it unwinds like Ctrl-C, so the service ends
     with tempfile.TemporaryDirectory() as directory:
         outcome, wrong, seconds = measure(Path(directory), args)
     given = len(outcome.vote_seconds)

@@ -61,9 +61,8 @@ def change_annotator(
     payload = {name: value for name, value in changes.items() if value is not None}
     with store.write() as connection:
         before = get_annotator(connection, person_id)
-        losing = role not in (None, Role.MANAGER) or active is False
-        if losing and before.role is Role.MANAGER and before.active and _managers(connection) == 1:
-            raise ConflictError("this is the only active manager; make another one first")
+        if role not in (None, Role.MANAGER) or active is False:
+            _check_not_last(connection, before)
         store.append(connection, actor, EventType.ANNOTATOR_CHANGED, {"annotator": person_id} | payload)
         if active is False:
             connection.execute(delete(sessions).where(sessions.c.annotator == person_id))
@@ -75,11 +74,9 @@ def erase_account(store: Store, actor: str, person_id: str, reason: str) -> int:
 
     Raises InputError for an unknown person, ConflictError when no manager would be left.
     """
-    with store.read() as connection:
-        person = get_annotator(connection, person_id)
-        if person.role is Role.MANAGER and person.active and _managers(connection) == 1:
-            raise ConflictError("this is the only active manager; make another one first")
-    return store.erase_person(actor, person_id, reason)
+    with store.write() as connection:
+        _check_not_last(connection, get_annotator(connection, person_id))
+        return store.erase_person(connection, actor, person_id, reason)
 
 
 def new_secret(store: Store, person_id: str, secret: str | None = None) -> str:
@@ -210,6 +207,12 @@ def _nobodys_hash() -> str:
 
 def _by_name(connection: Connection, name: str) -> Row | None:
     return connection.execute(select(annotators).where(annotators.c.name == name)).one_or_none()
+
+
+def _check_not_last(connection: Connection, person: Annotator) -> None:
+    """Raises ConflictError when no manager would be left; holds for the transaction it is asked in."""
+    if person.role is Role.MANAGER and person.active and _managers(connection) == 1:
+        raise ConflictError("this is the only active manager; make another one first")
 
 
 def _managers(connection: Connection) -> int:

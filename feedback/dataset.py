@@ -21,7 +21,7 @@ from feedback.files import whole_directory, write_whole
 from feedback.history import Votes
 from feedback.merge import Merged, Source, merge
 from feedback.rows import Row, canonical, utc
-from feedback.snapshot import Snapshot, SnapshotConfig, hash_of, jsonl, make_snapshot
+from feedback.snapshot import Snapshot, SnapshotConfig, hash_of, jsonl, make_snapshot, rows_in
 
 MANIFEST, CARD = "manifest.json", "README.md"
 PREFERENCES, DEMONSTRATIONS = "preferences.jsonl", "demonstrations.jsonl"
@@ -109,7 +109,7 @@ def make_dataset(
 
 def _rows(snapshots: Mapping[str, Snapshot], file: str) -> list[Row]:
     """The rows of one file of all projects, in an order by content."""
-    found = [json.loads(line) for one in snapshots.values() for line in one.files.get(file, "").splitlines()]
+    found = [row for one in snapshots.values() for row in rows_in(one.files.get(file, ""))]
     return sorted(found, key=canonical)
 
 

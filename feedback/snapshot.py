@@ -101,6 +101,11 @@ def jsonl(rows: Sequence[Row]) -> str:
     return "".join(canonical(row) + "\n" for row in rows)
 
 
+def rows_in(text: str) -> list[Row]:
+    """The inverse of `jsonl`; other line separators, which a text of a row may hold, end no line."""
+    return [json.loads(line) for line in text.split("\n") if line]
+
+
 def hash_of(files: Mapping[str, str]) -> str:
     """One hash of named texts."""
     total = hashlib.sha256()

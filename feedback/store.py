@@ -134,23 +134,22 @@ class Store:
                 for table in VIEWS
             }
 
-    def erase_person(self, actor: str, person: str, reason: str) -> int:
-        """Delete one person's data: rows, secret, sessions, and what the log holds of it.
+    def erase_person(self, connection: Connection, actor: str, person: str, reason: str) -> int:
+        """Delete one person's data in the caller's transaction: rows, secret, sessions, the log's entries.
 
         The entries stay with number, time and type and an empty payload, so that the log still tells how much
         happened and a rebuild gives the same views. Returns how many entries were emptied.
         """
-        with self.write() as connection:
-            mine = events.c.subject == person
-            redacted = connection.execute(
-                update(events).where(mine).values(payload=ERASED, subject=ERASED_PERSON)
-            ).rowcount
-            connection.execute(update(events).where(events.c.actor == person).values(actor=ERASED_PERSON))
-            remove_person(connection, person)
-            for table in (credentials, sessions):
-                connection.execute(delete(table).where(table.c.annotator == person))
-            by = ERASED_PERSON if actor == person else actor
-            self.append(connection, by, EventType.PERSON_ERASED, {"reason": reason, "entries": redacted})
+        mine = events.c.subject == person
+        redacted = connection.execute(
+            update(events).where(mine).values(payload=ERASED, subject=ERASED_PERSON)
+        ).rowcount
+        connection.execute(update(events).where(events.c.actor == person).values(actor=ERASED_PERSON))
+        remove_person(connection, person)
+        for table in (credentials, sessions):
+            connection.execute(delete(table).where(table.c.annotator == person))
+        by = ERASED_PERSON if actor == person else actor
+        self.append(connection, by, EventType.PERSON_ERASED, {"reason": reason, "entries": redacted})
         return redacted
 
     def close(self) -> None:

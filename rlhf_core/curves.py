@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_core.evaluation.plots import THEMES, History, style
+from rlhf_core.json_lines import text_lines
 
 PANEL = (4.6, 2.9)  # inches
 DPI = 90  # a picture of two panels has some 30 KiB
@@ -49,7 +50,7 @@ def read_lines(path: Path) -> History:
     """The metrics of a history.jsonl by step; a line that is still being written waits for the next look."""
     history: History = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = text_lines(path)
     except OSError:
         return history
     for line in lines:

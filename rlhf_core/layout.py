@@ -21,6 +21,11 @@ class Layout:
         return self.root / "params.yaml"
 
     @property
+    def sources(self) -> Path:
+        """Links to the files that the data sources name, for DVC."""
+        return self.root / "data" / "sources"
+
+    @property
     def prepared(self) -> Path:
         return self.root / "data" / "prepared"
 

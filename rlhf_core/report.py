@@ -13,6 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from rlhf_core.json_lines import read_lines
 from rlhf_core.layout import Layout
 from rlhf_core.stages import STAGES
 
@@ -125,8 +126,7 @@ def _samples(layout: Layout) -> Iterator[RenderableType]:
 
 def _first_rows(path: Path, count: int) -> list[dict[str, Any]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()[:count]
-        return [row for row in map(json.loads, lines) if isinstance(row, dict)]
+        return [row for row in read_lines(path)[:count] if isinstance(row, dict)]
     except (OSError, ValueError):
         return []
 

@@ -7,9 +7,7 @@ log (feedback/watching.py). However often it is broken off and begun again, no i
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
-import json
 import math
 import shutil
 import sys
@@ -22,19 +20,21 @@ from feedback.records import Item, Message, Project, Response, TaskKind
 from feedback.store import Store
 from feedback.watching import list_collections, open_collection
 from rlhf_core.atomic import write_text
-from rlhf_core.collecting.answers import Row, Spec, read_answers
+from rlhf_core.collecting.answers import Spec, read_answers
 from rlhf_core.collecting.prompts import ASKED, askable, in_drawn_order
 from rlhf_core.config import CollectConfig, Params
 from rlhf_core.config.collect import SCORED
 from rlhf_core.data.rows import SPLITS, read_rows
 from rlhf_core.data.split import prompt_hash
 from rlhf_core.errors import InputError, RLHFError
+from rlhf_core.json_lines import Row, lines_of
 from rlhf_core.layout import Layout
 from rlhf_core.mlflow_writer import registered_model_dir
 from tasks import products
 from tasks.asking import SFT, Plan, Policy, make_plan, open_store
 from tasks.processes import run_command
 from tasks.stages import stage_environment
+from tasks.workspace import held
 
 PRODUCTION = "production"  # the project that holds what users asked, with their consent
 RUN_NAME = "collect"
@@ -71,15 +71,9 @@ def collect(root: Path, params: Params, on_line: Callable[[str], None]) -> str:
 @contextlib.contextmanager
 def _alone(root: Path, on_wait: Callable[[str], None]) -> Iterator[None]:
     """One collection at a time is made in a checkout; who comes second waits."""
-    path = Layout(Layout(root).home).state / "collections" / "lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            on_wait("another collection is being made here; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        for left in path.parent.glob("*/models"):  # of one that was killed
+    home = Layout(root).home
+    with held(home, "collections/lock", "another collection is being made here", on_wait):
+        for left in (Layout(home).state / "collections").glob("*/models"):  # of one that was killed
             shutil.rmtree(left, ignore_errors=True)
         yield
 
@@ -96,8 +90,7 @@ def make_answers(root: Path, plan: Plan, store: Store, on_line: Callable[[str], 
     models = place / "models"
     try:
         rows = _prompts(root, plan, store, models, on_line)
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        write_text(place / "prompts.jsonl", "".join(lines))
+        write_text(place / "prompts.jsonl", lines_of(rows))
         _make_spec(root, plan, models).save(place / "spec.json")
         _run_answers(root, plan, on_line)
     finally:

@@ -20,7 +20,16 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from rlhf_core.config import flatten, parse_overrides, parse_params, profile_values, put, read_yaml
+from rlhf_core.config import (
+    flatten,
+    load_params,
+    parse_overrides,
+    parse_params,
+    profile_values,
+    put,
+    read_yaml,
+)
+from rlhf_core.data.own_files import link_files
 from rlhf_core.errors import RLHFError
 from rlhf_core.layout import Layout
 from rlhf_core.stages import STAGES
@@ -58,6 +67,7 @@ def plan(root: Path, profile: str, overrides: Sequence[str]) -> list[Planned]:
     stages = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     lock_file = root / "dvc.lock"
     locked = yaml.safe_load(lock_file.read_text(encoding="utf-8"))["stages"] if lock_file.is_file() else {}
+    link_files(load_params(layout.params).data, layout)
     status = json.loads(dvc(root, "status", "--json", *stages))
     made_by = {out: name for name, stage in stages.items() for out in _outputs(stage)}
     planned: dict[str, Planned] = {}

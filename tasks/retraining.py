@@ -9,11 +9,9 @@ always made of all votes up to an event, and not added to.
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,14 +32,14 @@ from rlhf_core.data.rows import TIE
 from rlhf_core.data.sources import read_source
 from rlhf_core.data.split import normalise, order_key, split_of
 from rlhf_core.errors import InputError
+from rlhf_core.json_lines import Row, read_lines
 from rlhf_core.layout import Layout
 from rlhf_core.mlflow_writer import open_client, tracking_uri
 from rlhf_core.stages.prepare import fault
 from tasks import products, worktrees
 from tasks.ledger import CHAMPION
-from tasks.workspace import BusyError
+from tasks.workspace import held
 
-Row = dict[str, Any]
 DATABASE_VARIABLE, KEY_VARIABLE = "RLHF_FEEDBACK_DB", "RLHF_PSEUDONYM_KEY"
 STORE, USED_TO = "feedback.store", "feedback.used_to"  # tags of a version
 FEEDBACK = Path("data") / "feedback"
@@ -132,27 +130,11 @@ def too_few(votes: Votes, params: Params) -> str:
     return f"{found} new votes {since}, and retrain.min_votes is {wanted}: nothing to train"
 
 
-@contextlib.contextmanager
-def one_at_a_time(home: Path, *, wait: bool, say: Any = print) -> Iterator[None]:
+def one_at_a_time(
+    home: Path, *, wait: bool, say: Callable[[str], None] = print
+) -> contextlib.AbstractContextManager[None]:
     """Hold the checkout's retraining. With `wait`, until who holds it is done; else raises BusyError."""
-    path = Layout(home).state / "retrain.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            if not wait:
-                raise BusyError(
-                    f"{home}: a retraining is going on (process {holder}); wait for it, or stop it"
-                ) from None
-            say(f"a retraining is going on (process {holder}); waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
+    return held(home, "retrain.lock", "a retraining is going on", say if wait else None)
 
 
 def snapshot_config(params: Params) -> SnapshotConfig:
@@ -290,7 +272,7 @@ def values_for(
     if manifest is None:  # the AI labeler alone
         return values | {"preferences.max_human_pairs": 0}
     directory = FEEDBACK / manifest["version"]
-    pairs = list(_lines(root / directory / PREFERENCES))
+    pairs = read_lines(root / directory / PREFERENCES)
     values |= {
         "data.preferences": [str(directory / PREFERENCES)],
         "data.max_preferences": max(params.data.max_preferences, len(pairs)),
@@ -298,7 +280,7 @@ def values_for(
     }
     if (root / directory / DEMONSTRATIONS).is_file():
         values["data.demonstrations"] = [str(directory / DEMONSTRATIONS)]
-        count = sum(1 for _ in _lines(root / directory / DEMONSTRATIONS))
+        count = len(read_lines(root / directory / DEMONSTRATIONS))
         values["data.max_demonstrations"] = max(params.data.max_demonstrations, count)
     if params.retrain.labels == "human":
         values["preferences.num_prompts"] = 0
@@ -307,11 +289,6 @@ def values_for(
         if held_out >= max(1, params.retrain.min_held_out):
             values["preferences.num_eval_prompts"] = 0
     return values
-
-
-def _lines(path: Path) -> Iterator[Row]:
-    for line in path.read_text(encoding="utf-8").splitlines():
-        yield json.loads(line)
 
 
 def lineage(

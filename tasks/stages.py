@@ -12,6 +12,7 @@ from prefect.logging import get_run_logger
 
 from rlhf_core.cli import PARENT_DEATH_VARIABLE, QUIET
 from rlhf_core.config import Params
+from rlhf_core.data.own_files import link_files
 from rlhf_core.layout import Layout
 from rlhf_core.mlflow_writer import SWITCH_VARIABLE, MlflowWriter
 from rlhf_core.tracking_spool import SpoolFollower
@@ -56,6 +57,8 @@ def run_stage(
     layout = Layout(root)
     log_file = layout.run_dir(stage) / "output.log"
     (layout.run_dir(stage) / "failure.json").unlink(missing_ok=True)
+    if stage == "prepare":
+        link_files(params.data, layout)  # DVC compares them before it runs the stage
     showing = shown.Showing(stage, layout)
     thinned = shown.ThinnedLog(get_run_logger().info)
     tracking = SpoolFollower(

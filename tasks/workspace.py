@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import os
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from rlhf_core.config import (
@@ -62,10 +62,19 @@ def has_git(root: Path) -> bool:
     return inside.returncode == 0
 
 
-@contextlib.contextmanager
-def exclusive(root: Path) -> Iterator[None]:
+def exclusive(root: Path) -> contextlib.AbstractContextManager[None]:
     """Hold the checkout for one run. Raises BusyError that names the process which holds it."""
-    path = Layout(root).state / "lock"
+    return held(root, "lock", "another run works here")
+
+
+@contextlib.contextmanager
+def held(root: Path, name: str, doing: str, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Hold the lock `name` of the checkout `root`, for the block or until this process dies.
+
+    While another process holds it, `doing` says what goes on there: `on_wait` is told, once, and the lock
+    waited for; without it, raises BusyError.
+    """
+    path = Layout(root).state / name
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
         try:
@@ -73,9 +82,10 @@ def exclusive(root: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "unknown"
-            raise BusyError(
-                f"{root}: another run works here (process {holder}); wait for it, or stop it"
-            ) from None
+            if on_wait is None:
+                raise BusyError(f"{root}: {doing} (process {holder}); wait for it, or stop it") from None
+            on_wait(f"{doing} (process {holder}); waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

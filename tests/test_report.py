@@ -4,6 +4,7 @@ import json
 import pytest
 from rich.console import Console
 
+from rlhf_core.json_lines import lines_of
 from rlhf_core.layout import Layout
 from rlhf_core.report import run_report
 from rlhf_core.stages import STAGES
@@ -63,6 +64,13 @@ def finished(tmp_path):
     put(layout.evaluation / "samples.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     put(layout.evaluation / "report.html", "<!doctype html>")
     return layout
+
+
+def test_samples_are_shown_whatever_line_separator_a_text_holds(finished):
+    row = {"prompt": "how\u2028so", "sft": "a\x85b", "policy": "c\u2029d"}
+    (finished.evaluation / "samples.jsonl").write_text(lines_of([row]), encoding="utf-8")
+    shown = text(finished)
+    assert all(found in shown for found in ("how so", "a b", "c d"))
 
 
 def test_report_shows_every_result(finished):

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from rlhf_core.atomic import staged_dir
 from rlhf_core.collecting import choosing
@@ -23,9 +22,9 @@ from rlhf_core.config.collect import SCORED
 from rlhf_core.errors import InputError, RLHFError
 from rlhf_core.evaluation.results import rounded
 from rlhf_core.generation import generate
+from rlhf_core.json_lines import Row, lines_of, read_lines
 from rlhf_core.modeling.loading import check_model_dir, load_policy
 
-Row = dict[str, Any]
 ANSWERS, FACTS = "answers.jsonl", "facts.json"
 
 
@@ -96,8 +95,8 @@ def answer(spec: Spec, out: Path) -> None:
     facts = {"how": how, "num_answered": len(rows), "num_same": len(rows) - len(differing)}
     picked.sort(key=lambda row: drawn_key(spec.key, row["prompt"]))
     with staged_dir(out) as directory:
-        lines = [json.dumps(_in_order(row, spec.key), ensure_ascii=False) + "\n" for row in picked]
-        (directory / ANSWERS).write_text("".join(lines), encoding="utf-8")
+        text = lines_of(_in_order(row, spec.key) for row in picked)
+        (directory / ANSWERS).write_text(text, encoding="utf-8")
         (directory / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
@@ -105,11 +104,6 @@ def read_answers(directory: Path) -> tuple[list[Row], Row]:
     """What `answer` wrote: rows in the order in which they are asked, and facts about the choice."""
     facts = json.loads((directory / FACTS).read_text(encoding="utf-8"))
     return read_lines(directory / ANSWERS), facts
-
-
-def read_lines(path: Path) -> list[Row]:
-    """The objects of JSON lines; other line separators, which a text may hold, end no line."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def _all_answers(spec: Spec, conversations: list[list[dict[str, str]]]) -> list[list[Row]]:

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rlhf_core.atomic import staged_dir
 from rlhf_core.config import Params, parse_params
@@ -26,6 +26,7 @@ from rlhf_core.errors import InputError, RLHFError
 from rlhf_core.evaluation.results import rounded
 from rlhf_core.evaluation.text_metrics import distinct, perplexity, repeated_share
 from rlhf_core.generation import Generation, generate
+from rlhf_core.json_lines import Row, lines_of, read_lines
 from rlhf_core.modeling.encoding import encode_prompt, encode_response
 from rlhf_core.modeling.loading import check_model_dir, load_policy
 from rlhf_core.modeling.logprobs import response_logprobs
@@ -36,7 +37,6 @@ from rlhf_core.promotion.word_lists import refusal_rate, toxic_rate
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Row = dict[str, Any]
 RESULTS, MEASUREMENTS = "results.jsonl", "measurements.json"
 
 
@@ -95,19 +95,17 @@ def duel(spec: Spec, out: Path) -> None:
     )
     facts = {"prompts_sha256": fingerprint(prompts), "num_demonstrations": len(demonstrations)}
     with staged_dir(out) as directory:
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        (directory / RESULTS).write_text("".join(lines), encoding="utf-8")
+        (directory / RESULTS).write_text(lines_of(rows), encoding="utf-8")
         tree = rounded(measurements.as_dict()) | facts
         (directory / MEASUREMENTS).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
 
 
 def read_duel(directory: Path) -> tuple[list[Row], Measurements, Row]:
     """What `duel` wrote: rows by prompt, measurements, and facts about what was compared."""
-    lines = (directory / RESULTS).read_text(encoding="utf-8").splitlines()
     tree = json.loads((directory / MEASUREMENTS).read_text(encoding="utf-8"))
     facts = {name: tree.pop(name) for name in ("prompts_sha256", "num_demonstrations")}
     known = {name: math.nan if value is None else value for name, value in tree.items()}  # JSON has no nan
-    return [json.loads(line) for line in lines], Measurements.from_dict(known), facts
+    return read_lines(directory / RESULTS), Measurements.from_dict(known), facts
 
 
 def outcomes_of(rows: Sequence[Row]) -> list[list[tuple[float, float]]]:

@@ -12,6 +12,7 @@ from typing import Any
 from rlhf_core.atomic import staged_dir, write_text
 from rlhf_core.config import DataConfig, Params
 from rlhf_core.data.formats import RowError, to_rows
+from rlhf_core.data.own_files import link_files
 from rlhf_core.data.personal import mask, personal_data
 from rlhf_core.data.rows import KINDS, SPLITS, TEXTS, write_rows
 from rlhf_core.data.sources import read_source
@@ -32,6 +33,7 @@ class Collected:
 
 
 def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
+    link_files(params.data, layout)
     collected = {}
     for done, kind in enumerate(KINDS):
         tracker.progress(done, len(KINDS), kind)

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from rlhf_core.collecting import answers as answering
-from rlhf_core.collecting.answers import ANSWERS, Spec, answer, read_answers, read_lines
+from rlhf_core.collecting.answers import ANSWERS, Spec, answer, read_answers
 from rlhf_core.config import parse_params, read_yaml
 from rlhf_core.errors import InputError
 
@@ -190,12 +190,6 @@ def test_prompts_to_spare_take_the_place_of_those_with_one_answer(
     }
     assert days == {False: [0, 3, 4], True: [6, 9, 10]}
     assert (facts["num_answered"], facts["num_same"]) == (12, 4)
-
-
-def test_a_text_may_hold_any_line_separator(tmp_path):
-    path = tmp_path / "lines.jsonl"
-    path.write_text(json.dumps({"prompt": "a\u2028b\x85c"}, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert read_lines(path) == [{"prompt": "a\u2028b\x85c"}]
 
 
 def test_a_spec_survives_its_file(spec, tmp_path):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from sqlalchemy import select
@@ -101,6 +104,29 @@ def test_the_last_manager_stays_one(store):
             accounts.change_annotator(store, "system", boss.id, **change)
     person(store, "other", Role.MANAGER)
     assert accounts.change_annotator(store, "system", boss.id, role=Role.ANNOTATOR).role is Role.ANNOTATOR
+
+
+def test_of_two_managers_that_are_erased_at_once_one_stays(store, clock, monkeypatch):
+    ann, bob = (person(store, name, Role.MANAGER) for name in ("ann", "bob"))
+    both_counted, count = threading.Barrier(2), accounts._managers
+
+    def counted(connection):
+        found = count(connection)
+        with contextlib.suppress(threading.BrokenBarrierError):  # the other one must wait for its turn
+            both_counted.wait(timeout=0.5)
+        return found
+
+    monkeypatch.setattr(accounts, "_managers", counted)
+    other = Store(store.engine.url.render_as_string(hide_password=False), clock=clock)
+    with ThreadPoolExecutor() as pool:
+        tries = [
+            pool.submit(accounts.erase_account, place, "system", who.id, "asked")
+            for place, who in ((store, ann), (other, bob))
+        ]
+    other.close()
+    assert {type(one.exception()) for one in tries} == {type(None), ConflictError}
+    with store.read() as connection:
+        assert count(connection) == 1
 
 
 def test_names_are_taken_once_and_secrets_have_a_length(store):

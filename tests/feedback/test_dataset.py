@@ -78,6 +78,12 @@ def test_corrections_become_demonstrations_and_are_filled_up():
     assert (data.manifest["corrections"], data.manifest["filled_up_with"]) == (1, 1)
 
 
+def test_a_text_may_hold_any_line_separator():
+    prompt = "say\u2028it\x85again"
+    votes = votes_of(pairs({"i1": {"ann": "a2"}}, items=[item("i1", prompt=prompt)]))
+    assert [row["prompt"] for row in make_dataset(votes, CONFIG, Blend()).preferences] == [prompt]
+
+
 def test_a_version_is_found_again_whole_or_not_at_all(tmp_path):
     data = make_dataset(votes_of(pairs(TABLE)), CONFIG, Blend())
     assert read_manifest(tmp_path / "feedback") is None

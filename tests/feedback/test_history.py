@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from feedback import assignment
-from feedback.accounts import change_annotator
+from feedback import accounts, assignment
 from feedback.gathering import gather
 from feedback.history import as_of, last_event, store_id, votes_at
 from feedback.records import Choice
@@ -44,7 +43,7 @@ def test_votes_up_to_an_event_are_those_cast_by_then_whatever_came_later(store, 
     assert ids(votes_at(store, first - 1, 0)) == set()
     before = votes_at(store, third, 0)
     assignment.undo(store, ann, "p")  # takes v4 back
-    change_annotator(store, "system", bob.id, excluded=True)
+    accounts.change_annotator(store, "system", bob.id, excluded=True)
     assert votes_at(store, third, 0) == before
     assert ids(votes_at(store, last_event(store), 0)) == {"v1", "v2"}
 
@@ -58,7 +57,7 @@ def test_new_are_the_votes_after_an_event_that_still_count(store, voted):
     assert votes_at(store, fourth, fourth).new == frozenset()
     assignment.undo(store, ann, "p")
     assert votes_at(store, last_event(store), second).new == {"v3"}
-    change_annotator(store, "system", bob.id, excluded=True)
+    accounts.change_annotator(store, "system", bob.id, excluded=True)
     assert votes_at(store, last_event(store), second).new == frozenset()
 
 
@@ -86,7 +85,7 @@ def test_views_of_the_past_are_those_that_stood_then(store, voted):
 
 def test_an_erased_person_is_missing_from_the_past_too(store, voted):
     ann, _, numbers = voted
-    store.erase_person("system", ann.id, "asked for")
+    accounts.erase_account(store, "system", ann.id, "asked for")
     found = votes_at(store, numbers[-1], 0)
     assert ids(found) == found.new == {"v3"}
 

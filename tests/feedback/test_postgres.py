@@ -11,7 +11,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import create_engine, make_url, text
 
-from feedback import assignment
+from feedback import accounts, assignment
 from feedback.errors import FeedbackError, StoreUnavailableError
 from feedback.gathering import gather, queue_state
 from feedback.policies import EchoPolicy
@@ -87,7 +87,7 @@ def test_threads_share_a_queue_and_a_rebuild_gives_the_views_again(postgres):
     before = postgres.views()
     postgres.rebuild()
     assert postgres.views() == before
-    postgres.erase_person("system", people[0].id, "asked")
+    accounts.erase_account(postgres, "system", people[0].id, "asked")
     before = postgres.views()
     postgres.rebuild()
     assert postgres.views() == before

@@ -199,7 +199,7 @@ def test_a_rebuild_and_an_erased_person_change_nothing_of_how_it_ended(store, cl
     vote(store, ann)
     before = settle(store, "p")
     store.rebuild()
-    store.erase_person("system", ann.id, "asked for it")
+    accounts.erase_account(store, "system", ann.id, "asked for it")
     assert list_collections(store) == [before]
     assert progress(store, "p").by_annotator == {}
 

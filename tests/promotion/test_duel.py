@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from rlhf_core.errors import InputError
+from rlhf_core.json_lines import lines_of
 from rlhf_core.modeling.encoding import encode_prompt, encode_response
 from rlhf_core.modeling.loading import load_policy
 from rlhf_core.promotion.duel import (
@@ -21,6 +22,7 @@ from rlhf_core.promotion.verdict import decide
 
 from .conftest import NICE
 from .prepared import write_prepared
+from .test_guardrails import FINE
 
 
 @pytest.fixture
@@ -98,6 +100,14 @@ def test_frozen_prompts_depend_on_content_and_seed_alone(spec, tmp_path):
     seeded = spec.params.model_copy(update={"run": spec.params.run.model_copy(update={"seed": 1})})
     other = Spec(spec.candidate, spec.opponent, spec.sft, spec.data, seeded, 0.7)
     assert [row["prompt"] for row in frozen_prompts(other)] != asked
+
+
+def test_what_was_compared_is_read_again_with_any_line_separator(tmp_path):
+    rows = [{"prompt": "a\u2028b", "outcomes": []}, {"prompt": "c\x85d", "outcomes": []}]
+    (tmp_path / "results.jsonl").write_text(lines_of(rows), encoding="utf-8")
+    facts = {"prompts_sha256": "0", "num_demonstrations": 1}
+    (tmp_path / "measurements.json").write_text(json.dumps(FINE.as_dict() | facts))
+    assert read_duel(tmp_path) == (rows, FINE, facts)
 
 
 def test_too_few_prompts_and_missing_models_are_told(spec, tmp_path):

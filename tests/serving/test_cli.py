@@ -34,6 +34,8 @@ class Process:
             stderr=subprocess.STDOUT,
             text=True,
         )
+
+    def wait(self):
         while not (line := self.process.stdout.readline()).startswith(f"Serve     {self.url} "):
             assert line, "it ended while starting"
         deadline = time.monotonic() + 60
@@ -57,6 +59,7 @@ def start(tiny_model_dir, tmp_path):
 
     def begin(*options, **env):
         made.append(Process(tmp_path, tiny_model_dir, *options, **env))
+        made[-1].wait()  # kept before: also one that does not start is ended
         return made[-1]
 
     yield begin

@@ -170,7 +170,7 @@ def test_the_second_waits_for_the_first_where_it_may(home):
         assert other.stdout.readline() == "held\n"
         said = []
         with retraining.one_at_a_time(home, wait=True, say=said.append):
-            assert other.wait(5) == 0
+            assert other.wait(60) == 0
     assert said == [f"a retraining is going on (process {other.pid}); waiting for it"]
 
 
@@ -229,6 +229,15 @@ def test_ties_measure_nothing_and_do_not_count_as_held_out_pairs(home, root):
     assert len(data.preferences) == len(learnt) + 10
     data.write(home / retraining.FEEDBACK)
     assert "preferences.num_eval_prompts" not in retraining.values_for(params, home, data.manifest, None)
+
+
+def test_a_prompt_may_hold_any_line_separator(home, root):
+    params = with_values(root, retrain={"min_held_out": 1})
+    prompts = [f"{prompt}\u2028and\x85so on" for prompt in PROMPTS]
+    data = retraining.build(home, params, votes_on(prompts[10:], corrections=prompts[:10]))
+    data.write(home / retraining.FEEDBACK)
+    values = retraining.values_for(params, home, data.manifest, None)
+    assert values["preferences.max_human_pairs"] == len(prompts) - 10
 
 
 def test_mixed_keeps_ai_pairs_and_ai_alone_takes_no_vote(home, root):

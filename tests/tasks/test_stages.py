@@ -6,6 +6,7 @@ import json
 import sys
 
 import pytest
+from prefect.logging import disable_run_logger
 
 from rlhf_core.errors import DataRejected, InputError, RLHFError
 from rlhf_core.layout import Layout
@@ -41,6 +42,18 @@ def test_only_what_may_go_better_is_tried_again(error, retryable, params, tmp_pa
         assert str(failed) == f"ppo: {error}"
     else:
         assert "the last line" in str(failed)
+
+
+def test_links_to_own_files_are_there_before_dvc_looks(params, tmp_path, monkeypatch):
+    def look(*arguments):
+        assert [link.name for link in Layout(tmp_path).sources.iterdir()] == ["demonstrations-0-mine.csv"]
+        raise KeyboardInterrupt
+
+    (tmp_path / "mine.csv").write_text("prompt,response")
+    data = params.data.model_copy(update={"demonstrations": ("mine.csv",)})
+    monkeypatch.setattr(stages, "SpoolFollower", look)
+    with disable_run_logger(), pytest.raises(KeyboardInterrupt):
+        stages.run_stage(tmp_path, "prepare", params.model_copy(update={"data": data}))
 
 
 @pytest.mark.parametrize("status", [-9, 137, 255])
