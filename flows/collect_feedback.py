@@ -11,11 +11,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
-import sys
 from pathlib import Path
-from types import FrameType
-from typing import Literal, NoReturn
+from typing import Literal
 
 from flows import own_server
 
@@ -27,8 +24,8 @@ from prefect.logging import get_run_logger
 
 from feedback.watching import find_collection, settle
 from flows import expected
+from flows.shell import told_in_the_shell
 from rlhf_core.config import Params
-from rlhf_core.errors import RLHFError
 from tasks import collecting, gpus, watching, workspace
 from tasks.asking import open_store
 
@@ -89,27 +86,15 @@ def main() -> None:
     parser.add_argument("-S", "--set", dest="overrides", action="append", default=[])
     options = parser.parse_args()
     root = Path.cwd().resolve()
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
+    with told_in_the_shell():
         workspace.check_workspace(root)
         # So that a mistake is one line and not a failed flow.
         workspace.read_params(root, [*typed(options.size, options.choose), *options.overrides])
         collection = collect_feedback(options.size, options.choose, options.overrides)
         with open_store(root) as store:
             found = find_collection(store, collection)
-    except RLHFError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("\ninterrupted; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
     until = f" until {watching.moment(found.deadline)}" if found.deadline else ""
     print(f"{collection}: waits for {found.wanted} votes{until}; `rlhf collections` lists how far it is")
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
-    """SIGTERM unwinds like Ctrl-C, so the temporary server is stopped too."""
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

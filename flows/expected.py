@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 
 from rlhf_core.errors import RLHFError
-from tasks.stages import StageError
 
 
 class WithoutTraceback(logging.Filter):
     """An expected failure is told by its message; its traceback would only hide it."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.exc_info and isinstance(record.exc_info[1], (StageError, RLHFError)):
+        if record.exc_info and isinstance(record.exc_info[1], RLHFError):
             record.exc_info = record.exc_text = None
         return True
 

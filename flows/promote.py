@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from pathlib import Path
-from types import FrameType
-from typing import Literal, NoReturn
+from typing import Literal
 
 from flows import own_server
 
@@ -31,8 +29,8 @@ from prefect.settings import PREFECT_API_URL
 from pydantic import Field
 
 from flows import expected
+from flows.shell import told_in_the_shell
 from rlhf_core.config import Params
-from rlhf_core.errors import RLHFError
 from tasks import decisions, gpus, promotion, workspace
 from tasks.workspace import read_params
 
@@ -115,19 +113,12 @@ def main() -> None:
     parser.add_argument("-S", "--set", dest="overrides", action="append", default=[])
     options = parser.parse_args()
     root = Path.cwd().resolve()
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
+    with told_in_the_shell("nothing was promoted"):
         workspace.check_workspace(root)
         params = read_params(root, options.overrides)  # so that a mistake is one line and not a failed flow
         state = promote(options.version, options.approval, options.overrides, return_state=True)
         said = state.result()
         _show(root, params, str(state.state_details.flow_run_id), said)
-    except RLHFError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("\ninterrupted; nothing was promoted", file=sys.stderr)
-        sys.exit(130)
 
 
 def _show(root: Path, params: Params, flow_run_id: str, said: str) -> None:
@@ -146,11 +137,6 @@ def _show(root: Path, params: Params, flow_run_id: str, said: str) -> None:
         console.print(f"decide:    rlhf approve {found.short_id} --name YOU --reason WHY   (or --reject)")
     if found.state == promotion.FAILED:
         sys.exit(3)
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
-    """SIGTERM unwinds like Ctrl-C, so the temporary server is stopped too."""
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

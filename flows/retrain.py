@@ -8,12 +8,9 @@ deployment runs on a schedule, and when a collection says that it has its votes.
 from __future__ import annotations
 
 import argparse
-import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from flows import own_server
 
@@ -30,6 +27,7 @@ from prefect.utilities.annotations import quote
 from feedback.dataset import CARD
 from feedback.history import Votes
 from flows import expected, slots
+from flows.shell import told_in_the_shell
 from flows.train import gpus_for, push, run_stages
 from rlhf_core.config import (
     Params,
@@ -40,11 +38,11 @@ from rlhf_core.config import (
     put,
     read_yaml,
 )
-from rlhf_core.errors import InputError, RLHFError
+from rlhf_core.errors import InputError
 from rlhf_core.layout import Layout
 from rlhf_core.mlflow_writer import open_client
 from rlhf_core.report import run_report
-from tasks import ai_agreement, retraining, stages, workspace, worktrees
+from tasks import ai_agreement, retraining, workspace, worktrees
 from tasks.registry import ParentRun
 from tasks.schedule import covered_by
 
@@ -198,19 +196,12 @@ def main() -> None:
     parser.add_argument("--force", action="store_true")
     options = parser.parse_args()
     home = Path.cwd().resolve()
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
+    with told_in_the_shell("run the same command again: what was computed is taken over"):
         workspace.check_workspace(home)
         read_params(home, options.profile, options.overrides)  # a mistake is one line and not a failed flow
         state = retrain(options.profile or "keep", options.overrides, options.force, return_state=True)
         said = state.result()
         _show(home, str(state.state_details.flow_run_id), said)
-    except (RLHFError, stages.StageError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(getattr(error, "exit_code", 1))
-    except KeyboardInterrupt:
-        print("\ninterrupted; run the same command again: what was computed is taken over", file=sys.stderr)
-        sys.exit(130)
 
 
 def _show(home: Path, flow_run_id: str, said: str) -> None:
@@ -222,11 +213,6 @@ def _show(home: Path, flow_run_id: str, said: str) -> None:
         console.print(run_report(Layout(kept), said))
         said = f"registered {said}; `rlhf promote` compares it with the champion"
     console.print(said, markup=False, highlight=False)
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
-    """SIGTERM unwinds like Ctrl-C, so the temporary server is stopped too."""
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -9,15 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import secrets
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 from feedback.simulate import SimulatedAnnotator
 from flows import own_server
@@ -25,6 +22,7 @@ from flows import own_server
 if "--collect" in sys.argv:
     own_server.prepare(apart=True)
 
+from flows.shell import told_in_the_shell
 from rlhf_core.config import Params, load_params
 from rlhf_core.errors import RLHFError
 from rlhf_core.layout import Layout
@@ -223,9 +221,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("-S", "--set", dest="overrides", action="append", default=[])
     parser.add_argument("--collect", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, _interrupt)
     home = Path.cwd().resolve()
-    try:
+    with told_in_the_shell():
         if options.collect:
             collect_here(options.collect)
             return
@@ -236,17 +233,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             found = simulation.open_simulation(home, options.name, options.profile, options.overrides)
             run_rounds(found, options.rounds, lambda line: print(line, flush=True))
         simulation_report.show(found, home, options.name)
-    except RLHFError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("\ninterrupted; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
-    """SIGTERM unwinds like Ctrl-C, so that no step goes on unseen."""
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -9,12 +9,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import FrameType
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from flows import own_server
 
@@ -27,8 +25,8 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run, task_run
 
 from flows import expected, forms
+from flows.shell import told_in_the_shell
 from rlhf_core.config import Params, load_params
-from rlhf_core.errors import RLHFError
 from rlhf_core.layout import Layout
 from rlhf_core.report import run_report
 from rlhf_core.stages import STAGES
@@ -188,8 +186,7 @@ def main() -> None:
     parser.add_argument("--revision", default="")
     options = parser.parse_args()
     root = shown = Path.cwd()
-    signal.signal(signal.SIGTERM, _interrupt)  # Prefect passes it on to us when it has noted the crash
-    try:
+    with told_in_the_shell():
         # Checked here too, so that a mistake is one line and not a failed flow.
         workspace.check_workspace(root)
         if options.isolated or options.revision:
@@ -205,20 +202,9 @@ def main() -> None:
                 workspace.resolve_params(root, options.profile, options.overrides)
                 end_orphans(root.resolve(), TEMPORARY_SERVER)  # of a run here that was killed
             registered = train(in_place=True)
-    except (RLHFError, stages.StageError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(getattr(error, "exit_code", 1))
-    except KeyboardInterrupt:
-        print("\ninterrupted; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
     from rich.console import Console
 
     Console().print(run_report(Layout(shown), registered))
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
-    """SIGTERM unwinds like Ctrl-C, so the temporary server is stopped too."""
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from prefect.logging import get_run_logger
 from rlhf_core.cli import PARENT_DEATH_VARIABLE, QUIET
 from rlhf_core.config import Params
 from rlhf_core.data.own_files import link_files
+from rlhf_core.errors import RLHFError
 from rlhf_core.layout import Layout
 from rlhf_core.mlflow_writer import SWITCH_VARIABLE, MlflowWriter
 from rlhf_core.tracking_spool import SpoolFollower
@@ -22,7 +23,7 @@ from tasks.registry import ParentRun
 from tasks.shown import read_object
 
 
-class StageError(RuntimeError):
+class StageError(RLHFError):
     """A stage failed; `retryable` says whether trying again can help."""
 
     def __init__(self, message: str, *, retryable: bool) -> None:

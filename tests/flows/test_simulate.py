@@ -114,7 +114,7 @@ def test_table_and_files_say_what_was_measured(tmp_path):
     passed = next(i for i, line in enumerate(lines) if "pass" in line)
     assert "0.600" in lines[passed]
     assert "v2" in lines[passed]
-    assert "0.500 to 0.700" in lines[passed + 1]
+    assert "0.50-0.70" in lines[passed + 1]
     failed = next(line for line in lines if "fail" in line)
     assert "0.520" in failed
     assert failed.rstrip().endswith("1.5"), "minutes"
