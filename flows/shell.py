@@ -6,13 +6,11 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
-from typing import NoReturn
 
+from rlhf_core.cli import INTERRUPTED
 from rlhf_core.errors import RLHFError
 
 GO_ON = "run the same command again to go on"
-INTERRUPTED = 130
 
 
 @contextmanager
@@ -22,7 +20,7 @@ def told_in_the_shell(after_interrupt: str = GO_ON) -> Iterator[None]:
     SIGTERM, which Prefect passes on when it has noted a crash, unwinds like Ctrl-C: a temporary server and
     what else the block started is stopped.
     """
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except RLHFError as error:
@@ -31,7 +29,3 @@ def told_in_the_shell(after_interrupt: str = GO_ON) -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"\ninterrupted; {after_interrupt}", file=sys.stderr)
         sys.exit(INTERRUPTED)
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt

@@ -65,9 +65,8 @@ class CachedRows:
         mask = torch.arange(longest) >= (longest - lengths)[:, None]
         ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
         self._mask, self._cache = mask.to(self._model.device), DynamicCache(config=self._model.config)
-        self._padded = any(
-            len(prompt) < longest for prompt in prompts
-        )  # asking the mask would wait for the GPU
+        # Not asked of the mask, which would wait for the GPU.
+        self._padded = any(len(prompt) < longest for prompt in prompts)
         positions = (self._mask.long().cumsum(dim=1) - 1).clamp(min=0)
         logits = self._forward(ids.to(self._model.device), positions)
         if copies > 1:
