@@ -139,7 +139,9 @@ def test_a_retraining_without_new_votes_says_so_and_ends_well(simulated):
 def test_an_ai_labeler_alone_waits_for_no_vote_and_learns_from_none(simulated):
     _, place, *_ = simulated
     home = place / "checkout"
-    done = run(["rlhf", "retrain", "-S", "retrain.labels=ai", "-S", "preferences.num_prompts=40"], home, 900)
+    values = ["retrain.labels=ai", "retrain.start=sft", "preferences.num_prompts=40"]
+    options = [word for value in values for word in ("-S", value)]
+    done = run(["rlhf", "retrain", *options], home, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     made = open_client(home).get_model_version_by_alias("rlhf-policy", "candidate").tags
     assert (made["retrain.labels"], made["retrain.start"]) == ("ai", "sft")
