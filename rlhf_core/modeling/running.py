@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rlhf_core.modeling import blocks, products
-from rlhf_core.modeling.blocks import Heads, norm, rotated
+from rlhf_core.modeling.blocks import Heads, norm
 from rlhf_core.modeling.products import PackedProduct, Product
 from rlhf_core.modeling.slots import SlotRows
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PACKED_STEPS, PACKED_ROWS = 16, 64  # packing the weights pays from so many steps on, and up to so many rows
 GROWTH = 32
+FUSED_KEYS = 4096  # of all rows together, up to which fused attention takes less time than products
 
 
 class RunningRows(Protocol):
@@ -116,7 +117,8 @@ class StaticRows:
         self._caches = [torch.empty(shape, dtype=self._dtype) for _ in self._blocks]
         self._lengths = torch.zeros(slots, dtype=torch.int64)
         cos, sin = blocks.rotation(model, torch.arange(longest)[None], self._dtype)
-        self._cos, self._sin = cos[0, 0, :, None], sin[0, 0, :, None]  # (T, 1, d / 2)
+        cos, sin = cos[0, 0, :, None], sin[0, 0, :, None]  # (T, 1, d / 2)
+        self._cos, self._sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
     def enter(self, slots: Sequence[int], prompts: Sequence[Sequence[int]], copies: int) -> Tensor:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -142,19 +144,20 @@ class StaticRows:
         heads, slots, lengths = self._heads, len(tokens), self._lengths
         self._widen(int(lengths.max()) + 1)
         cos, sin = self._cos[lengths], self._sin[lengths]
-        mask = self._mask()
-        each = torch.arange(slots)
+        mask, places = self._mask(), self._places()
+        width = self._caches[0].shape[-2]
+        attention = _fused
+        if slots * width > FUSED_KEYS:
+            attention, mask = _by_products, mask.expand(-1, heads.keys, -1, -1).flatten(0, 1)
 
         def attend(number: int, qkv: Tensor) -> Tensor:
             own = qkv.view(slots, -1, heads.size)
-            turned = rotated(own[:, : heads.queries + heads.keys], cos, sin)
+            turned = _turned(own[:, : heads.queries + heads.keys], cos, sin)
             own[:, heads.queries : heads.queries + heads.keys] = turned[:, heads.queries :]
             cache = self._caches[number]
-            cache[:, each, :, lengths] = own[:, heads.queries :].unflatten(1, (2, -1))
-            keys, values = cache.flatten(1, 2)
-            query = turned[:, : heads.queries].reshape(slots * heads.keys, -1, heads.size)
-            scores = torch.baddbmm(mask, query, keys.mT, alpha=heads.scale)
-            return (scores.softmax(dim=-1) @ values).view(slots, -1)
+            cache.view(-1, heads.size).index_copy_(0, places, own[:, heads.queries :].reshape(-1, heads.size))
+            query = turned[:, : heads.queries].reshape(slots, heads.keys, -1, heads.size)
+            return attention(query, cache[0], cache[1], mask, heads.scale).view(slots, -1)
 
         with torch.autocast("cpu", enabled=False):
             x = self._model.get_input_embeddings()(tokens)
@@ -164,12 +167,19 @@ class StaticRows:
             return self._head(norm(x, self._model.base_model.norm, self._dtype))
 
     def _mask(self) -> Tensor:
-        """0 for what a row holds, its next token included, and the type's least number beyond it."""
+        """0 for what a row holds, its next token included, and the type's least number beyond it, (slots, 1,
+        1, T)."""
         width = self._caches[0].shape[-2]
-        beyond = torch.arange(width) > self._lengths[:, None]  # (slots, T)
+        beyond = torch.arange(width) > self._lengths[:, None]
         mask = torch.zeros(beyond.shape, dtype=self._dtype)
-        mask.masked_fill_(beyond, torch.finfo(self._dtype).min)
-        return mask.repeat_interleave(self._heads.keys, dim=0)[:, None]  # (slots KV, 1, T)
+        return mask.masked_fill_(beyond, torch.finfo(self._dtype).min)[:, None, None]
+
+    def _places(self) -> Tensor:
+        """Where the next keys, then values, of each slot stand among all of a block's, (slots 2 KV,)."""
+        _, slots, keys, width, _ = self._caches[0].shape
+        heads = torch.arange(2)[:, None] * slots * keys + torch.arange(keys)  # of the first slot
+        each = torch.arange(slots)[:, None, None] * keys
+        return ((heads + each) * width + self._lengths[:, None, None]).flatten()
 
     def _pack(self, rows: int) -> None:
         """Before the first step, where enough of them follow: the first token need not wait for it."""
@@ -195,3 +205,19 @@ class StaticRows:
         if more > 0:
             for number, cache in enumerate(self._caches):
                 self._caches[number] = F.pad(cache, (0, 0, 0, more))
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`blocks.rotated` of (S, N, d) in as few operations as can be; the first half of sin has its sign."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def _fused(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """(S, KV, H / KV, d), the queries of a key as rows of one head; mask (S, 1, 1, T)."""
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale).contiguous()
+
+
+def _by_products(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """The same by plain products; mask (S KV, 1, T)."""
+    scores = torch.baddbmm(mask, query.flatten(0, 1), keys.flatten(0, 1).mT, alpha=scale)
+    return (scores.softmax(dim=-1) @ values.flatten(0, 1)).view(query.shape)

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from rlhf_core.config import LoRAConfig, RunConfig
-from rlhf_core.modeling import blocks, lora, products, ragged
+from rlhf_core.modeling import blocks, lora, products, ragged, running
 from rlhf_core.modeling.blocks import SHORT_SEQUENCE, Block
 from rlhf_core.modeling.encoding import make_batch
 from rlhf_core.modeling.loading import load_policy, load_tokenizer
@@ -275,11 +275,12 @@ def test_a_packed_product_is_the_plain_one(dtype, rows, adapted):
             torch.testing.assert_close(PackedProduct(product, rows)(x), product(x), **tolerance)
 
 
-@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize(("packs", "fused_keys"), [(True, 10**6), (True, 0), (False, 10**6)])
 @torch.inference_mode()
-def test_rows_one_token_at_a_time_have_the_logits_of_whole_rows(model, packs, monkeypatch):
+def test_rows_one_token_at_a_time_have_the_logits_of_whole_rows(model, packs, fused_keys, monkeypatch):
     """Ragged prompts, some in two copies; one row leaves, another takes its slot, the rest go on alone."""
     monkeypatch.setattr(products, "can_pack", lambda dtype: packs)
+    monkeypatch.setattr(running, "FUSED_KEYS", fused_keys)
     generator = torch.Generator().manual_seed(3)
     texts = [list(prompt) for prompt in (PROMPTS[0], PROMPTS[3]) for _ in range(2)]
 
