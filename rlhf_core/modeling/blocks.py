@@ -99,7 +99,7 @@ class _SwiGLU(torch.autograd.Function):
         found = torch.empty_like(gate_up)
         to_gate, to_up = found.chunk(2, dim=-1)
         torch.mul(grad, F.silu(gate), out=to_up)
-        to_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=to_gate)
         return found
 
 
