@@ -65,6 +65,7 @@ QUIET = {
 BENCHMARKS = {  # modules of benchmarks/
     "generation": "speed",
     "growth": "growth",
+    "bounds": "bounds",
     "gpu": "gpu",
     "peers": "peers",
     "serving": "serving",

@@ -19,7 +19,7 @@ from rlhf_core.config import Params, PPOConfig, load_params
 from rlhf_core.modeling.loading import load_policy, load_tokenizer
 from rlhf_core.modeling.reward import Normalisation, ScalarHead, scorer_of_roles
 from rlhf_core.modeling.roles import REFERENCE, AdapterRoles, FullRoles, Roles, adapter_roles
-from rlhf_core.optim import make_optimizer
+from rlhf_core.optim import Optimizer, make_optimizer
 from rlhf_core.rl import rollout as rollouts
 from rlhf_core.rl.ppo import update
 from rlhf_core.rl.rollout import Actors, collect
@@ -72,6 +72,13 @@ def make_actors(case: dict, params: Params) -> Actors:
     return Actors(roles, heads[1], scorer)
 
 
+def make_optimizers(actors: Actors, config: PPOConfig) -> tuple[Optimizer, Optimizer]:
+    return (
+        make_optimizer(actors.policy_parameters(), config.learning_rate, eps=ADAM_EPS),
+        make_optimizer(actors.critic_parameters(), config.critic_learning_rate, eps=ADAM_EPS),
+    )
+
+
 def watch(phases: dict[str, float]) -> None:
     """Add up in `phases` what generation, each model's passes and the log-probabilities take."""
 
@@ -99,10 +106,7 @@ def main() -> None:
     phases: dict[str, float] = {}
     watch(phases)
     actors = make_actors(case, params)
-    optimizers = (
-        make_optimizer(actors.policy_parameters(), config.learning_rate, eps=ADAM_EPS),
-        make_optimizer(actors.critic_parameters(), config.critic_learning_rate, eps=ADAM_EPS),
-    )
+    optimizers = make_optimizers(actors, config)
     conversations = case["conversations"] * (1 + (case["batches"] + 2) * case["batch"])
     seconds, tokens = [], []
     for number in range(case["batches"] + 1):
