@@ -85,6 +85,7 @@ def pretrain(params: Params, layout: Layout, tracker: Tracker) -> dict[str, floa
         "inputs": inputs_digest([layout.model("base"), *files.values()]),
     }
     checkpoints = Checkpoints(layout.run_dir("pretrain") / "checkpoints", origin)
+    tracker.progress(0, 1, "evaluating before training")
     before = task.evaluate()["eval/loss"]
     after = train(
         task, texts["train"], roles.parameters(ROLE), schedule, checkpoints, tracker, seed=params.run.seed
