@@ -6,6 +6,8 @@ has the form of an OpenAI chat completion.
 
 from __future__ import annotations
 
+import json
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -95,14 +97,17 @@ def log_policy(directory: Path, registered_name: str) -> Any:
         f"{name}=={version(name).partition('+')[0]}"
         for name in ("torch", "transformers", "mlflow", "pydantic")
     ]
-    return mlflow.pyfunc.log_model(
-        name="policy",
-        python_model=str(Path(__file__).with_name("serving_entry.py")),
-        artifacts={"policy": str(directory)},
-        code_paths=[str(Path(__file__).parent)],
-        signature=signature(),
-        input_example=EXAMPLE,
-        pip_requirements=pins,
-        metadata={"task": "llm/v1/chat", "chat_template": tokenizer_config},
-        registered_model_name=registered_name,
-    )
+    # An `input_example` would have MLflow load the policy and answer it, for a warning at most.
+    facts = {"task": "llm/v1/chat", "chat_template": tokenizer_config, "example": json.dumps(EXAMPLE)}
+    with warnings.catch_warnings():  # about type hints and that example: the signature says it all
+        warnings.simplefilter("ignore")
+        return mlflow.pyfunc.log_model(
+            name="policy",
+            python_model=str(Path(__file__).with_name("serving_entry.py")),
+            artifacts={"policy": str(directory)},
+            code_paths=[str(Path(__file__).parent)],
+            signature=signature(),
+            pip_requirements=pins,
+            metadata=facts,
+            registered_model_name=registered_name,
+        )

@@ -100,7 +100,9 @@ class Tracker:
                 dynamic_ncols=True,
                 mininterval=1.0,
             )
-        self._bar.set_postfix_str(note, refresh=False)
+        # A note without a step says what begins now, which may take long: it is shown at once.
+        begins = done == self._bar.n and note != (self._bar.postfix or "")
+        self._bar.set_postfix_str(note, refresh=begins)
         self._bar.update(done - self._bar.n)
         self.first_progress = self.first_progress or time.monotonic()
         if done >= total or time.monotonic() - self.last_progress > 1.0:

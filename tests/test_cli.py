@@ -201,13 +201,27 @@ def test_help_lists_every_stage(capsys, monkeypatch):
     assert all(f" {stage} " in said for stage in cli.STAGES)
 
 
-def test_importing_the_package_loads_nothing_heavy():
-    code = (
-        "import sys, rlhf_core, rlhf_core.config, rlhf_core.cli;"
-        "heavy = {'torch', 'transformers', 'mlflow', 'great_expectations', 'prefect', 'pandas'};"
-        "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)"
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [
+        (
+            "rlhf_core, rlhf_core.config, rlhf_core.cli",
+            {"torch", "transformers", "mlflow", "great_expectations", "prefect", "pandas"},
+        ),
+        # Two seconds each: what trains no model starts without torch, and a flow never needs it.
+        (
+            "rlhf_core.stages.prepare, rlhf_core.stages.validate, rlhf_core.stages.pretrain",
+            {"torch", "transformers", "mlflow", "prefect"},
+        ),
+        ("flows.train", {"torch", "transformers", "matplotlib"}),
+    ],
+)
+def test_importing_loads_nothing_heavy(modules, heavy, root, tmp_path):
+    code = f"import sys, {modules}; sys.exit(', '.join(sorted({heavy!r} & set(sys.modules))) or 0)"
+    found = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path, env=found
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

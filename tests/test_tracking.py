@@ -60,6 +60,14 @@ def test_stage_is_a_run_with_parameters_metrics_and_steps(layout):
     assert found["perf/starting_seconds"] > 0.0  # since this process began
 
 
+def test_note_without_a_step_is_shown_at_once(layout, capsys):
+    tracker = Tracker("reward", layout.run_dir("reward"))
+    tracker.progress(0, 2)
+    tracker.progress(0, 2, "scoring")
+    assert "scoring" in capsys.readouterr().err
+    tracker.close_bar()
+
+
 def test_time_of_a_stage_is_told_apart_by_its_progress(layout, monkeypatch):
     now = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now)

@@ -13,6 +13,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ def chitchat_rows(kind: str) -> Iterator[RawRow]:
     return _questions(conversations, kind)
 
 
+@cache  # three kinds of rows are made of it
 def _load() -> list[dict[str, Any]]:
     # find_spec and not import: the package's own loader parses every time stamp, which takes a minute.
     spec = importlib.util.find_spec("chitchat_dataset")

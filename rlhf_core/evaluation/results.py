@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf_core.config import EvaluateConfig
 from rlhf_core.evaluation.statistics import Interval, bootstrap_mean, paired_difference, win_rate
 from rlhf_core.evaluation.text_metrics import distinct, perplexity, repeated_share
-from rlhf_core.generation import Generation
+
+if TYPE_CHECKING:
+    from rlhf_core.generation import Generation
 
 MODELS = ("base", "sft", "policy")
 Tree = dict[str, Any]

@@ -7,13 +7,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from rlhf_core import ranks
 from rlhf_core.config import RunConfig
 from rlhf_core.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Messages = list[dict[str, str]]
@@ -21,6 +20,8 @@ Messages = list[dict[str, str]]
 
 def resolve_device(run: RunConfig) -> torch.device:
     """Raises InputError when a GPU is asked for and there is none."""
+    import torch  # here and below: stages that only look at a directory start a second or two earlier
+
     if run.device == "cuda" and not torch.cuda.is_available():
         raise InputError("run.device = 'cuda': torch finds no GPU here; use auto or cpu")
     kind = run.device
@@ -33,6 +34,8 @@ def resolve_device(run: RunConfig) -> torch.device:
 
 def resolve_dtype(run: RunConfig, device: torch.device) -> torch.dtype:
     """The type that matrix products are computed in."""
+    import torch
+
     if run.precision != "auto":
         return getattr(torch, run.precision)
     if device.type == "cuda":
@@ -47,6 +50,8 @@ def use_determinism(device: torch.device) -> None:
     There the gradient of fused attention still adds in any order: torch makes it exact only where all else
     that is not would be an error.
     """
+    import torch
+
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms would import the compiler, 2 s

@@ -6,9 +6,12 @@ model from scratch (a tokenizer learnt from the prepared text, random weights; s
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,8 +98,9 @@ def _load_package() -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str,
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = find_package_file()
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    with vocabulary_skipped():
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     # Plain float weights from here on; without this, save_pretrained refuses.
     del model.config.quantization_config
     model.is_quantized = False
@@ -113,6 +117,33 @@ def _load_package() -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str,
             "licence": "Apache-2.0",
         },
     )
+
+
+@contextlib.contextmanager
+def vocabulary_skipped() -> Iterator[None]:
+    """Spare `gguf` what transformers does not use of it.
+
+    Three times it would make arrays of each token and merge, some 5 s each, for a configuration that does not
+    depend on them: the tokenizer comes from a reader of transformers' own. And 397 times one table of names.
+    """
+    import gguf
+    from gguf import GGUFReader
+    from transformers.integrations.gguf.reader import _read_value
+
+    names = gguf.get_tensor_name_map
+
+    class Skipping(GGUFReader):
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list, list, list]:
+            if raw_type != gguf.GGUFValueType.ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)
+            _, end = _read_value(self.data, orig_offs, raw_type)
+            return end - orig_offs, [], [], []
+
+    gguf.GGUFReader, gguf.get_tensor_name_map = Skipping, functools.cache(names)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = GGUFReader, names
 
 
 def _load_pretrained(

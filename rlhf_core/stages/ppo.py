@@ -200,6 +200,8 @@ class Training:
         start = self.resume()
         self.tracker.progress(start, config.num_updates)
         for number in range(start, config.num_updates + 1):
+            if number == config.num_updates:
+                self.tracker.progress(number, config.num_updates, "last rollout")
             rollout = self.timed("rollout", lambda n=number: self.rollout(n))
             self.flops["rollout"] += self.actors.rollout_flops(rollout)
             self.tokens += int(rollout.response_mask.sum())
@@ -207,6 +209,7 @@ class Training:
             over_budget = metrics["objective/kl"] > config.kl_budget
             if over_budget or number == config.num_updates:
                 self.tracker.log(metrics, number)
+                self.tracker.progress(number, config.num_updates, "saving")
                 break
             self.snapshot = Snapshot(number, self.to_keep())
             self.set_learning_rates(number)

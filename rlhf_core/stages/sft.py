@@ -138,6 +138,7 @@ def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
 
     task = CompletionTask(roles, eval_rows, config, params.run.seed)
     tracker.table("training_samples", [task.describe(row) for row in train_rows[:SHOWN_ROWS]])
+    tracker.progress(0, 1, "evaluating before training")
     before = task.evaluate()
     schedule = Schedule(
         num_steps=config.num_epochs * math.ceil(len(train_rows) / config.batch_size),

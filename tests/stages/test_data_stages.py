@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -13,10 +14,14 @@ from rlhf_core.data.rows import read_rows
 from rlhf_core.errors import DataRejected, InputError
 from rlhf_core.layout import Layout
 from rlhf_core.stages.runner import run_stage
+from rlhf_core.stages.validate import token_counter
 
 
 def lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+TEXTS = ["", "hello", " two  spaces ", "<|im_end|>", "naïve 漢字 🙂", "what is number 7?\n" * 40]
 
 
 @pytest.fixture
@@ -131,6 +136,23 @@ def test_too_many_rows_put_aside_is_critical(layout):
     stage(layout, "prepare")
     with pytest.raises(DataRejected, match="rows were put aside"):
         stage(layout, "validate")
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["tokenizer.json", "vocab and merges"])
+def test_tokens_are_counted_as_transformers_does(whole, tiny_model_dir, tmp_path):
+    from transformers import AutoTokenizer
+
+    directory = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    if not whole:
+        model = json.loads((directory / "tokenizer.json").read_text())["model"]
+        (directory / "tokenizer.json").unlink()
+        (directory / "vocab.json").write_text(json.dumps(model["vocab"]))
+        (directory / "merges.txt").write_text("\n".join(map(" ".join, model["merges"])))
+        (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    expected = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in TEXTS]
+    assert max(expected) > 100
+    assert token_counter(directory)(TEXTS) == expected
 
 
 def check(capsys, *arguments):

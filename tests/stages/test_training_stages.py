@@ -17,10 +17,12 @@ from rlhf_core.rl import ppo
 from rlhf_core.rl.losses import policy_loss
 from rlhf_core.rl.rollout import collect
 from rlhf_core.stages import ppo as ppo_stage
+from rlhf_core.stages import reward as reward_stage
 from rlhf_core.stages import sft
 from rlhf_core.stages.ppo import DemonstrationMix, Training, open_actors
 from rlhf_core.stages.runner import run_stage
 from rlhf_core.stages.sft import encode_file
+from rlhf_core.tracking import Tracker
 
 from .toy import BAD, GOOD, assert_same_outputs, make_workspace, run_broken_off, weights
 
@@ -33,6 +35,42 @@ def test_sft_lowers_the_loss_on_held_out_rows_and_saves_a_plain_model(workspace,
     assert not any("lora" in name for name, _ in model.named_parameters())
     assert (workspace.model("sft") / "adapter" / "adapter_model.safetensors").is_file()
     assert not workspace.run_dir("sft").joinpath("checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "work", "said"),
+    [
+        ("sft", (sft.CompletionTask, "evaluate"), {0: "evaluating before training"}),
+        (
+            "reward",
+            (reward_stage.PairwiseTask, "all_scores"),
+            {-2: "scoring held-out pairs", -1: "fitting the normalisation"},
+        ),
+        ("ppo", (Training, "rollout"), {-1: "last rollout"}),
+    ],
+)
+def test_work_around_the_steps_is_announced_and_counts_as_work(
+    workspace, small_params, monkeypatch, stage, work, said
+):
+    if stage == "ppo":
+        run_stage("reward", small_params, workspace)
+    notes, at_work = [], []
+
+    def told(tracker, done, total, note=""):
+        notes.append(note)
+        tell(tracker, done, total, note)
+
+    def watched(*arguments):
+        at_work.append(notes[-1] if notes else "")
+        return do(*arguments)
+
+    tell, do = Tracker.progress, getattr(*work)
+    monkeypatch.setattr(Tracker, "progress", told)
+    monkeypatch.setattr(*work, watched)
+    run_stage(stage, small_params, workspace)
+    for position, note in said.items():
+        assert at_work[position] == note
+    assert notes[0] == at_work[0] if 0 in said else notes[-1] == "saving", "loading and saving are only that"
 
 
 def test_reward_model_learns_to_tell_the_pairs_apart_and_opens_again(workspace, small_params):
