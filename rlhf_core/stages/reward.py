@@ -184,11 +184,11 @@ def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
     schedule = make_schedule(config, len(rows))
     train(task, rows, parameters, schedule, checkpoints, tracker, seed=params.run.seed)
     decided = [row for row in eval_rows if row.probability > TIE] or eval_rows
-    tracker.progress(0, 2, "scoring held-out pairs")
+    tracker.progress(schedule.num_steps, schedule.num_steps, "scoring held-out pairs")
     scores = task.all_scores(decided)
-    tracker.progress(1, 2, "fitting the normalisation")
+    tracker.progress(schedule.num_steps, schedule.num_steps, "fitting the normalisation")
     constants = fit_normalisation(task, used)
-    tracker.progress(2, 2, "saving")
+    tracker.progress(schedule.num_steps, schedule.num_steps, "saving")
     metrics = evaluate_reward_model(decided, scores, params)
     metrics |= ensemble_metrics(scores, constants) if len(heads) > 1 else {}
     roles.unshard()
