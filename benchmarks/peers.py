@@ -180,29 +180,35 @@ def compare(
     return found
 
 
-def add_rows(table: Table, case: Case | Supervised, found: dict[str, list[Result]], ceiling: float) -> None:
+def add_rows(
+    speeds: Table, phases: Table, case: Case | Supervised, found: dict[str, list[Result]], ceiling: float
+) -> None:
     medians: dict[str, float] = {}
     for engine, results in found.items():
+        name = f"TRL {case.trl}" if engine.startswith("trl") else "this project"
         seconds = [s for result in results for s in result["seconds"]]
         tokens = [n for result in results for n in result["tokens"]]
-        medians[engine] = statistics.median(seconds) / (statistics.mean(tokens) if case.per_token else 1.0)
-        ratio = next(iter(medians.values())) / medians[engine]
-        phases = {name: statistics.mean(r["phases"][name] for r in results) for name in results[0]["phases"]}
-        share = results[-1].get("flops", 0.0) / statistics.median(seconds) / ceiling
-        shares = f"{share:.0%}" if share else ""
-        if "update_flops" in results[-1]:
-            shares += f", update {results[-1]['update_flops'] / phases['update'] / ceiling:.0%}"
-        table.add_row(
+        median = statistics.median(seconds)
+        medians[engine] = median / (statistics.mean(tokens) if case.per_token else 1.0)
+        flops = statistics.mean(result.get("flops", 0.0) for result in results)  # the peer's are not known
+        speeds.add_row(
             case.name,
-            f"TRL {case.trl}" if engine.startswith("trl") else "this project",
-            f"{statistics.median(seconds):.1f} ({min(seconds):.1f} to {max(seconds):.1f})",
-            f"{statistics.mean(tokens) / statistics.median(seconds):.0f}",
-            f"{ratio:.2f}",
+            name,
+            f"{median:.1f} ({min(seconds):.1f} to {max(seconds):.1f})",
+            f"{statistics.mean(tokens) / median:.0f}",
+            f"{next(iter(medians.values())) / medians[engine]:.2f}",
             f"{max(result['peak_gib'] for result in results):.1f}",
-            shares,
-            ", ".join(f"{name} {spent:.1f}" for name, spent in phases.items()),
-            f"{max(result['others'] for result in results):.0%}",
+            f"{flops / median / 1e9:.0f} ({flops / median / ceiling:.0%})" if flops else "",
+            f"{flops / ceiling:.1f}" if flops else "",
         )
+        spent = {
+            phase: statistics.mean(r["phases"][phase] for r in results) for phase in results[0]["phases"]
+        }
+        said = ", ".join(f"{phase} {length:.1f}" for phase, length in spent.items())
+        if "update_flops" in results[-1]:
+            share = results[-1]["update_flops"] / spent["update"] / ceiling
+            said += f" ({share:.0%} of the ceiling)"
+        phases.add_row(case.name, name, said, f"{max(result['others'] for result in results):.0%}")
 
 
 def main() -> None:
@@ -215,10 +221,11 @@ def main() -> None:
     layout = Layout(Path.cwd())
     params = load_params(layout.params)
     device = resolve_device(params.run)
-    table = Table(title="One batch; tokens of answers in PPO, of prompts and answers elsewhere")
-    columns = ("case", "engine", "seconds (range)", "tokens/s", "ratio", "peak GiB", "share of ceiling")
-    for column in (*columns, "seconds by phase", "other work here"):
-        table.add_column(column)
+    speeds = Table(
+        "case", "engine", "seconds (range)", "tokens/s", "ratio", "peak GiB", "GFLOP/s", "floor, s"
+    )
+    speeds.title = "One batch; tokens of answers in PPO, of prompts and answers elsewhere"
+    phases = Table("case", "engine", "seconds by phase", "other work here")
     for name in options.cases:
         case = CASES[name]
         if not layout.model(case.start).is_dir():
@@ -228,8 +235,13 @@ def main() -> None:
         precision = "auto" if case.bf16 else "float32"
         run_config = params.run.model_copy(update={"precision": precision})
         ceiling = matrix_ceiling(resolve_dtype(run_config, device), device)
-        add_rows(table, case, compare(case, options, layout, peer), ceiling)
-        Console(width=200).print(table)
+        add_rows(speeds, phases, case, compare(case, options, layout, peer), ceiling)
+        speeds.caption = (
+            f"floor: the operations of a batch at {ceiling / 1e9:.0f} GFLOP/s, the best of many products "
+            "measured before the last case"
+        )
+        for table in (speeds, phases):
+            Console(width=120).print(table)
 
 
 if __name__ == "__main__":
