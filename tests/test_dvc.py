@@ -36,6 +36,7 @@ NOT_IN_RESULTS = {
     "rlhf_core.errors",
     "rlhf_core.layout",
     "rlhf_core.mlflow_writer",
+    "rlhf_core.parent_death",
     "rlhf_core.redaction",
     "rlhf_core.stages",
     "rlhf_core.tracking",
