@@ -33,6 +33,7 @@ NOT_IN_RESULTS = {
     "rlhf_core.config.retrain",
     "rlhf_core.config.sections",
     "rlhf_core.config.simulate",
+    "rlhf_core.config.vllm",
     "rlhf_core.errors",
     "rlhf_core.layout",
     "rlhf_core.mlflow_writer",

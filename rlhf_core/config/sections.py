@@ -21,6 +21,7 @@ from rlhf_core.config.parts import SamplingConfig, Section, check_target
 from rlhf_core.config.promotion import PromotionConfig
 from rlhf_core.config.retrain import RetrainConfig
 from rlhf_core.config.simulate import SimulateConfig
+from rlhf_core.config.vllm import VLLMConfig, check_vllm
 
 
 class RunConfig(Section):
@@ -257,6 +258,8 @@ class PPOConfig(TrainingSection):
     uncertainty_coef: NonNegativeFloat
     reward_function: str = Field(pattern=r"^$|^[\w.]+:\w+$")
     checkpoint_every: PositiveInt
+    rollout_engine: Literal["own", "vllm"]
+    vllm: VLLMConfig
     sampling: SamplingConfig
 
     @property
@@ -373,6 +376,13 @@ class Params(Section):
             raise ValueError(
                 f"a max_length of {longest} exceeds the {SCRATCH_CONTEXT} positions of a scratch model"
             )
+        return self
+
+    @model_validator(mode="after")
+    def check_rollout_engine(self) -> Self:
+        if self.ppo.rollout_engine == "vllm":
+            run, model = self.run, self.model
+            check_vllm(run.num_processes, run.sharding, model.finetuning, model.lora.rank)
         return self
 
     def data_tokens_needed(self) -> int:

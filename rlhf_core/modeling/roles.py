@@ -102,6 +102,10 @@ class AdapterRoles:
         layers = [layer for _, layer in lora.adapted_layers(self._model)]
         return [p for layer in layers for p in (layer.lora_A[role], layer.lora_B[role])]
 
+    def save_adapter(self, role: str, directory: Path, task_type: str = "CAUSAL_LM") -> None:
+        """Leave the role's adapter in `directory`, which is made."""
+        lora.save_adapter(self._model, role, self._config, directory, task_type)
+
     def export(
         self, role: str, directory: Path, task_type: str, *, more_to_come: bool = False
     ) -> PreTrainedModel:
@@ -109,7 +113,7 @@ class AdapterRoles:
 
         No role can be used afterwards, unless there is `more_to_come`: then a copy of the model is merged.
         """
-        lora.save_adapter(self._model, role, self._config, directory / "adapter", task_type)
+        self.save_adapter(role, directory / "adapter", task_type)
         model = copy.deepcopy(self._model) if more_to_come else self._model
         lora.merge_adapter(model, role)
         return model
