@@ -69,6 +69,7 @@ class ModelConfig(Section):
     save_dtype: Literal["bfloat16", "float32"]
     finetuning: Literal["lora", "full"]
     gradient_checkpointing: bool
+    kernels: Literal["plain", "liger"]
     lora: LoRAConfig
     scratch: ScratchConfig
 
@@ -364,6 +365,8 @@ class Params(Section):
     def check_relations(self) -> Self:
         if self.model.source == "scratch" and self.pretrain.num_steps == 0:
             raise ValueError("pretrain.num_steps (0) must be positive when model.source is scratch")
+        if self.model.kernels == "liger" and self.run.device == "cpu":
+            raise ValueError("model.kernels (liger) must be plain when run.device is cpu")
         if self.ppo.ensemble != "mean" and self.reward.ensemble_size == 1:
             raise ValueError(
                 f"ppo.ensemble ({self.ppo.ensemble}) must be mean when reward.ensemble_size is 1: one "

@@ -127,13 +127,15 @@ class FullRoles:
         self.device = resolve_device(params.run)
         self._run = params.run
         self._recompute = params.model.gradient_checkpointing
+        self._kernels = params.model.kernels
         self._dtype = resolve_dtype(params.run, self.device)
         self._models: dict[str, PreTrainedModel] = {}
 
     def add(self, role: str, *, path: Path, trained: bool = True) -> None:
         """Load a role's causal language model, or the trunk of a reward model, from `path`."""
         dtype = torch.float32 if trained else self._dtype
-        self._models[role] = load_policy(path, self._run, dtype=dtype)[0].requires_grad_(trained)
+        model, _ = load_policy(path, self._run, dtype=dtype, kernels=self._kernels)
+        self._models[role] = model.requires_grad_(trained)
 
     @contextlib.contextmanager
     def using(self, role: str) -> Iterator[PreTrainedModel]:
@@ -198,7 +200,7 @@ def open_roles(params: Params, base: Path, *, trained: Sequence[str], seed: int)
             full.add(role, path=base)
         full.shard()
         return full
-    model, tokenizer = load_policy(base, params.run)
+    model, tokenizer = load_policy(base, params.run, kernels=params.model.kernels)
     adapted = adapter_roles(model, tokenizer, params)
     for i, role in enumerate(trained):
         adapted.add(role, seed=seed + i)

@@ -111,7 +111,7 @@ def open_actors(params: Params, layout: Layout) -> Actors:
         for i, directory in enumerate(members):
             roles.add(member_role(i), path=directory, trained=False)
     else:
-        model, tokenizer = load_policy(sft, params.run)
+        model, tokenizer = load_policy(sft, params.run, kernels=params.model.kernels)
         roles = adapter_roles(model, tokenizer, params)
         if start != sft:
             lora.check_fits(start, sft, params.model.lora)
