@@ -29,6 +29,7 @@ from flows.shell import told_in_the_shell
 from rlhf_core.config import Params, load_params
 from rlhf_core.layout import Layout
 from rlhf_core.report import run_report
+from rlhf_core.rollout_engines.server import check_program
 from rlhf_core.stages import STAGES
 from tasks import gpus, registry, shown, stages, workspace, worktrees
 from tasks.plan import Planned, plan, rows, summary, wished_params
@@ -156,6 +157,7 @@ def run_stages(
 
     `more` become tags of run and version beside those that say what started it; `begun` gets the MLflow run.
     """
+    check_program(params.ppo)  # before the stages that come before it
     name = place.branch if place else "train"
     origin = {"prefect.flow_run": str(flow_run.id)}
     if "PREFECT_API_URL" in os.environ:  # else the server goes with this process

@@ -22,9 +22,9 @@ from types import FrameType
 
 from flows import settings
 from flows.settings import Settings
-from rlhf_core.cli import die_with_parent
 from rlhf_core.errors import RLHFError
 from rlhf_core.layout import Layout
+from rlhf_core.parent_death import die_with_parent
 from tasks.network import HOST, answers, free_port
 from tasks.processes import end_tree
 from tasks.workspace import check_workspace

@@ -6,7 +6,6 @@ as modules of their own.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
@@ -24,6 +23,7 @@ from rlhf_core.commands.chat import chat
 from rlhf_core.commands.data import app as data_app
 from rlhf_core.errors import InputError, LostRankError, RLHFError
 from rlhf_core.layout import Layout
+from rlhf_core.parent_death import die_with_parent
 from rlhf_core.stages import SHARED, STAGES
 
 if TYPE_CHECKING:
@@ -75,7 +75,6 @@ BENCHMARKS = {  # modules of benchmarks/
     "all": "everything",
 }
 PARENT_DEATH_VARIABLE = "RLHF_DIE_WITH_PARENT"  # the process without which a stage must not go on
-PR_SET_PDEATHSIG = 1
 INTERRUPTED = 130
 FIRST_RANK_SECONDS = 10.0  # the first rank, which prints, most likely meets the same error: let it end first
 
@@ -105,29 +104,6 @@ def _stage_command(stage: str) -> Callable[[], None]:
     command.__name__ = stage
     command.__doc__ = STAGE_HELP[stage]
     return command
-
-
-def die_with_parent(first: int) -> None:
-    """Get SIGTERM when the parent dies, also by SIGKILL, so that no training goes on unseen (Linux).
-
-    `first` is the process that started the parent, or the parent itself. A parent that died before this sends
-    nothing, and seconds lie between, in which Python starts: where `first` is gone, SIGTERM comes at once.
-    """
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:  # inherited; nobody would see the signal
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != first and _is_gone(first):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _is_gone(pid: int) -> bool:
-    """Also of one that has ended and whose parent has not asked how."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return True
-    return stat.rpartition(")")[2].split()[0] in "ZX"
 
 
 def _names_hub(params: Params) -> bool:

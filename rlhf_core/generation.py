@@ -110,7 +110,7 @@ def generate(
     desk = _Desk(model, tokenizer, prompts, order, samples_per_prompt, per_batch, sampling) if order else None
     for answer in desk.write(table) if desk else ():
         own = ended.setdefault(answer.prompt, {})
-        own[answer.row] = _finish(tokenizer, answer.drawn)
+        own[answer.row] = finish(tokenizer, answer.drawn)
         if len(own) == samples_per_prompt:
             results[answer.prompt] = [own[row] for row in sorted(own)]
             if on_progress:
@@ -127,7 +127,8 @@ def random_table(rows: int, sampling: SamplingConfig) -> Tensor:
     return torch.rand(rows, sampling.max_new_tokens, generator=generator)
 
 
-def _finish(tokenizer: PreTrainedTokenizerBase, drawn: list[Drawn]) -> Generation:
+def finish(tokenizer: PreTrainedTokenizerBase, drawn: Sequence[Drawn]) -> Generation:
+    """The answer that these tokens are."""
     ids = [token for token, _ in drawn]
     finished = bool(ids) and ids[-1] == tokenizer.eos_token_id
     text = tokenizer.decode(ids, skip_special_tokens=True).strip()

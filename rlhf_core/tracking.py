@@ -78,6 +78,10 @@ class Tracker:
         if self._writer:
             self._writer.tag(f"warning.{name}", text)
 
+    def say(self, text: str) -> None:
+        """A line on stderr: what the stage waits for while it has no progress to show."""
+        tqdm.write(f"{self.stage}: {text}", file=sys.stderr)
+
     def artifact(self, path: Path) -> None:
         """Record a file or directory (plot, report)."""
         if self._writer:
@@ -133,6 +137,9 @@ class SilentTracker(Tracker):
         pass
 
     def warn(self, name: str, text: str) -> None:
+        pass
+
+    def say(self, text: str) -> None:
         pass
 
     def progress(self, done: int, total: int, note: str = "") -> None:

@@ -23,6 +23,7 @@ from rlhf_core.errors import RLHFError
 from rlhf_core.layout import Layout
 from rlhf_core.mlflow_writer import tracking_uri
 from rlhf_core.redaction import without_secrets
+from rlhf_core.rollout_engines.server import find_program
 from tasks import gpus
 from tasks.network import answers, port_is_free
 from tasks.workspace import BusyError, check_workspace, exclusive
@@ -63,7 +64,7 @@ def examine(root: Path) -> list[Finding]:
     for check in (_versions, _machine, _workspace, _remote, _servers):
         findings += check(root)
     if params is not None:
-        findings += [*_device(params), *_model(params)]
+        findings += [*_device(params), *_model(params), *_rollouts(params)]
     return findings
 
 
@@ -162,6 +163,17 @@ def _model(params: Params) -> Iterator[Finding]:
         yield Finding("base model", State.FAIL, str(error), "see model in params.yaml")
     else:
         yield Finding("base model", State.OK, seen)
+
+
+def _rollouts(params: Params) -> Iterator[Finding]:
+    if params.ppo.rollout_engine == "own":
+        return
+    try:
+        found = find_program(params.ppo.vllm)
+    except RLHFError as error:
+        yield Finding("rollouts", State.FAIL, str(error), "see ppo.vllm in params.yaml")
+    else:
+        yield Finding("rollouts", State.OK, f"by {found}")
 
 
 def _workspace(root: Path) -> Iterator[Finding]:

@@ -22,7 +22,7 @@ from typing import BinaryIO
 
 import psutil
 
-from rlhf_core.cli import die_with_parent
+from rlhf_core.parent_death import die_with_parent
 
 GRACE_SECONDS = 15.0  # below the 30 s after which Prefect kills a cancelled run
 PROGRESS_SECONDS = 10.0  # between two forwarded states of one progress bar

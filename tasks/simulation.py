@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_core.atomic import write_text
-from rlhf_core.cli import QUIET, die_with_parent
+from rlhf_core.cli import QUIET
 from rlhf_core.config import change_params, load_params, parse_overrides, profile_values
 from rlhf_core.errors import InputError, RLHFError
 from rlhf_core.layout import Layout
 from rlhf_core.mlflow_writer import open_client
+from rlhf_core.parent_death import die_with_parent
 from tasks import retraining, worktrees
 from tasks.ledger import CHAMPION, Ledger
 from tasks.processes import run_command

@@ -23,6 +23,7 @@ from rlhf_core.optim import Optimizer, make_optimizer
 from rlhf_core.rl import rollout as rollouts
 from rlhf_core.rl.ppo import update
 from rlhf_core.rl.rollout import Actors, collect
+from rlhf_core.rollout_engines import engine
 from rlhf_core.stages.ppo import ADAM_EPS
 
 
@@ -92,7 +93,7 @@ def watch(phases: dict[str, float]) -> None:
 
         return wrapped
 
-    rollouts.generate = timed(lambda *_: "generation", rollouts.generate)
+    engine.generate = timed(lambda *_: "generation", engine.generate)
     rollouts.token_logprobs = timed(lambda *_: "logprobs", rollouts.token_logprobs)
     for kind in (FullRoles, AdapterRoles):
         kind.logits = timed(lambda *_: "logprobs", kind.logits)  # type: ignore[method-assign]

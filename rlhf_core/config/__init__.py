@@ -32,6 +32,7 @@ from rlhf_core.config.sections import (
     ValidateConfig,
 )
 from rlhf_core.config.simulate import SimulateConfig
+from rlhf_core.config.vllm import VLLMConfig, rank_with_room
 
 __all__ = [
     "SCRATCH_CONTEXT",
@@ -52,6 +53,7 @@ __all__ = [
     "SamplingConfig",
     "ScratchConfig",
     "SimulateConfig",
+    "VLLMConfig",
     "ValidateConfig",
     "change_params",
     "flatten",
@@ -61,5 +63,6 @@ __all__ = [
     "parse_params",
     "profile_values",
     "put",
+    "rank_with_room",
     "read_yaml",
 ]

@@ -21,6 +21,7 @@ from rlhf_core.config.parts import SamplingConfig, Section, check_target
 from rlhf_core.config.promotion import PromotionConfig
 from rlhf_core.config.retrain import RetrainConfig
 from rlhf_core.config.simulate import SimulateConfig
+from rlhf_core.config.vllm import VLLMConfig, check_vllm
 
 
 class RunConfig(Section):
@@ -68,6 +69,7 @@ class ModelConfig(Section):
     save_dtype: Literal["bfloat16", "float32"]
     finetuning: Literal["lora", "full"]
     gradient_checkpointing: bool
+    kernels: Literal["plain", "liger"]
     lora: LoRAConfig
     scratch: ScratchConfig
 
@@ -257,6 +259,8 @@ class PPOConfig(TrainingSection):
     uncertainty_coef: NonNegativeFloat
     reward_function: str = Field(pattern=r"^$|^[\w.]+:\w+$")
     checkpoint_every: PositiveInt
+    rollout_engine: Literal["own", "vllm"]
+    vllm: VLLMConfig
     sampling: SamplingConfig
 
     @property
@@ -361,6 +365,8 @@ class Params(Section):
     def check_relations(self) -> Self:
         if self.model.source == "scratch" and self.pretrain.num_steps == 0:
             raise ValueError("pretrain.num_steps (0) must be positive when model.source is scratch")
+        if self.model.kernels == "liger" and self.run.device == "cpu":
+            raise ValueError("model.kernels (liger) must be plain when run.device is cpu")
         if self.ppo.ensemble != "mean" and self.reward.ensemble_size == 1:
             raise ValueError(
                 f"ppo.ensemble ({self.ppo.ensemble}) must be mean when reward.ensemble_size is 1: one "
@@ -373,6 +379,13 @@ class Params(Section):
             raise ValueError(
                 f"a max_length of {longest} exceeds the {SCRATCH_CONTEXT} positions of a scratch model"
             )
+        return self
+
+    @model_validator(mode="after")
+    def check_rollout_engine(self) -> Self:
+        if self.ppo.rollout_engine == "vllm":
+            run, model = self.run, self.model
+            check_vllm(run.num_processes, run.sharding, model.finetuning, model.lora.rank)
         return self
 
     def data_tokens_needed(self) -> int:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rlhf_core import ranks
 from rlhf_core.config import RunConfig
 from rlhf_core.errors import InputError
+from rlhf_core.modeling.kernels import Kernels, check_kernels, use_kernels
 
 if TYPE_CHECKING:
     import torch
@@ -78,11 +79,11 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 
 def load_policy(
-    path: Path, run: RunConfig, *, dtype: torch.dtype | None = None
+    path: Path, run: RunConfig, *, dtype: torch.dtype | None = None, kernels: Kernels = "plain"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model in eval mode; `dtype` defaults to the computing type of this machine.
 
-    Raises InputError for a directory that is absent or damaged.
+    Raises InputError for a directory that is absent or damaged, and for kernels that cannot be used.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -91,6 +92,7 @@ def load_policy(
     logging.disable_progress_bar()
     check_model_dir(path)
     device = resolve_device(run)
+    check_kernels(kernels, path, device)
     use_determinism(device)
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -103,6 +105,7 @@ def load_policy(
             raise
         raise InputError(f"{path}: damaged weights: {error}") from error
     model.eval()
+    use_kernels(kernels, model)
     return model.to(device), load_tokenizer(path)
 
 

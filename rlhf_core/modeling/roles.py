@@ -102,6 +102,10 @@ class AdapterRoles:
         layers = [layer for _, layer in lora.adapted_layers(self._model)]
         return [p for layer in layers for p in (layer.lora_A[role], layer.lora_B[role])]
 
+    def save_adapter(self, role: str, directory: Path, task_type: str = "CAUSAL_LM") -> None:
+        """Leave the role's adapter in `directory`, which is made."""
+        lora.save_adapter(self._model, role, self._config, directory, task_type)
+
     def export(
         self, role: str, directory: Path, task_type: str, *, more_to_come: bool = False
     ) -> PreTrainedModel:
@@ -109,7 +113,7 @@ class AdapterRoles:
 
         No role can be used afterwards, unless there is `more_to_come`: then a copy of the model is merged.
         """
-        lora.save_adapter(self._model, role, self._config, directory / "adapter", task_type)
+        self.save_adapter(role, directory / "adapter", task_type)
         model = copy.deepcopy(self._model) if more_to_come else self._model
         lora.merge_adapter(model, role)
         return model
@@ -123,13 +127,15 @@ class FullRoles:
         self.device = resolve_device(params.run)
         self._run = params.run
         self._recompute = params.model.gradient_checkpointing
+        self._kernels = params.model.kernels
         self._dtype = resolve_dtype(params.run, self.device)
         self._models: dict[str, PreTrainedModel] = {}
 
     def add(self, role: str, *, path: Path, trained: bool = True) -> None:
         """Load a role's causal language model, or the trunk of a reward model, from `path`."""
         dtype = torch.float32 if trained else self._dtype
-        self._models[role] = load_policy(path, self._run, dtype=dtype)[0].requires_grad_(trained)
+        model, _ = load_policy(path, self._run, dtype=dtype, kernels=self._kernels)
+        self._models[role] = model.requires_grad_(trained)
 
     @contextlib.contextmanager
     def using(self, role: str) -> Iterator[PreTrainedModel]:
@@ -194,7 +200,7 @@ def open_roles(params: Params, base: Path, *, trained: Sequence[str], seed: int)
             full.add(role, path=base)
         full.shard()
         return full
-    model, tokenizer = load_policy(base, params.run)
+    model, tokenizer = load_policy(base, params.run, kernels=params.model.kernels)
     adapted = adapter_roles(model, tokenizer, params)
     for i, role in enumerate(trained):
         adapted.add(role, seed=seed + i)

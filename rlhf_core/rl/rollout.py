@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rlhf_core import ranks
 from rlhf_core.config import PPOConfig
 from rlhf_core.evaluation.text_metrics import repeated_share
-from rlhf_core.generation import Generation, generate
+from rlhf_core.generation import Generation
 from rlhf_core.modeling.encoding import TokenBatch, encode_prompt, length_order, make_batch
 from rlhf_core.modeling.logprobs import response_hidden, scatter_to_mask, token_logprobs
 from rlhf_core.modeling.reward import RewardScorer, ScalarHead
@@ -21,6 +21,7 @@ from rlhf_core.rl.kept import KeptValues
 from rlhf_core.rl.kl import kl_estimate
 from rlhf_core.rl.rewards import Messages, RewardFunction, ScoreShaper, reward_parts
 from rlhf_core.rl.tensor_ops import masked_mean, masked_sum, masked_var, whiten
+from rlhf_core.rollout_engines.engine import OwnEngine, RolloutEngine
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Actors:
     scorer: RewardScorer
     reward_function: RewardFunction | None = None
     kept_values: KeptValues = field(default_factory=KeptValues)
+    engine: RolloutEngine = field(default_factory=OwnEngine)
 
     def policy_parameters(self) -> list[nn.Parameter]:
         return self.roles.parameters("policy")
@@ -182,16 +184,14 @@ def _sample(
     """The episodes of the conversations `own`, with everything but advantages."""
     sampling = config.sampling.model_copy(update={"seed": seed})
     tokenizer = actors.roles.tokenizer
-    with actors.roles.using("policy") as model:
-        grouped = generate(
-            model,
-            tokenizer,
-            conversations,
-            sampling,
-            samples_per_prompt=config.samples_per_prompt,
-            batch_size=config.rollout_batch_size,
-            only=own,
-        )
+    grouped = actors.engine.answer(
+        actors.roles,
+        conversations,
+        sampling,
+        samples_per_prompt=config.samples_per_prompt,
+        batch_size=config.rollout_batch_size,
+        only=own,
+    )
     repeated = [conversations[i] for i in own for _ in range(config.samples_per_prompt)]
     answers = [answer for group in grouped for answer in group]
     prompts = [encode_prompt(tokenizer, messages) for messages in repeated]

@@ -11,7 +11,7 @@ import copy
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,9 @@ from rlhf_core.optim import SkipGuard, held_moments, make_optimizer
 from rlhf_core.rl.alarms import MOST_LOGPROB_GAP, alarms
 from rlhf_core.rl.kl import KLController
 from rlhf_core.rl.ppo import update
-from rlhf_core.rl.rewards import ScoreShaper
+from rlhf_core.rl.rewards import Messages, ScoreShaper
 from rlhf_core.rl.rollout import Actors, Rollout, collect, rollout_metrics
+from rlhf_core.rollout_engines.engine import RolloutEngine, open_engine
 from rlhf_core.stages.sft import CompletionTask, encode_file, save_causal_model
 from rlhf_core.tracking import Tracker
 from rlhf_core.training import in_micro_batches, restore_history, step_rows
@@ -65,7 +66,15 @@ def run(params: Params, layout: Layout, tracker: Tracker) -> dict[str, float]:
             "update (ppo.rollout_batch_size / ppo.samples_per_prompt)"
         )
     tracker.dataset("prompts", prompt_file, "training")
-    actors = open_actors(params, layout)
+    with open_engine(params, layout, prompts, tracker.say) as engine:
+        return train(params, layout, tracker, prompts, engine)
+
+
+def train(
+    params: Params, layout: Layout, tracker: Tracker, prompts: list[Messages], engine: RolloutEngine
+) -> dict[str, float]:
+    config, prompt_file = params.ppo, layout.prepared_file("prompts", "train")
+    actors = replace(open_actors(params, layout), engine=engine)
     demonstrations = layout.prepared_file("demonstrations", "train")
     mixed_in = [demonstrations] if config.ptx_coef else []
     for file in mixed_in:
@@ -102,7 +111,7 @@ def open_actors(params: Params, layout: Layout) -> Actors:
         for i, directory in enumerate(members):
             roles.add(member_role(i), path=directory, trained=False)
     else:
-        model, tokenizer = load_policy(sft, params.run)
+        model, tokenizer = load_policy(sft, params.run, kernels=params.model.kernels)
         roles = adapter_roles(model, tokenizer, params)
         if start != sft:
             lora.check_fits(start, sft, params.model.lora)

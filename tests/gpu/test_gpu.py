@@ -10,6 +10,7 @@ import torch
 from rlhf_core.generation import generate
 from rlhf_core.modeling.loading import load_policy
 from rlhf_core.modeling.logprobs import response_logprobs
+from rlhf_core.modeling.roles import adapter_roles
 from rlhf_core.stages import sft
 from rlhf_core.stages.runner import run_stage
 from tests.pipeline import checkouts
@@ -49,6 +50,29 @@ def test_greedy_texts_are_the_cpus(tiny_model_dir, small_params):  # noqa: F811
     sampling = small_params.ppo.sampling.model_copy(update={"top_k": 1, "max_new_tokens": 24})
     cpu, gpu = on_both(tiny_model_dir, small_params, lambda *loaded: generate(*loaded, CHATS, sampling))
     assert [a.token_ids for (a,) in gpu] == [a.token_ids for (a,) in cpu]
+
+
+def test_ligers_kernels_give_the_plain_numbers_and_gradients(tiny_model_dir, small_params):  # noqa: F811
+    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
+    run = on(small_params, "cuda").run
+    found = {}
+    for kernels in ("plain", "liger"):  # in this order: the rotations stay patched
+        model, tokenizer = load_policy(tiny_model_dir, run, kernels=kernels)
+        roles = adapter_roles(model, tokenizer, small_params)
+        roles.add("policy", seed=0)
+        hidden = roles.hidden("policy", torch.tensor([[5, 9, 3, 7], [8, 2, 6, 1]]).to(roles.device))
+        roles.logits("policy", hidden).logsumexp(-1).sum().backward()
+        found[kernels] = [hidden.detach(), *(p.grad for p in roles.parameters("policy"))]
+    torch.testing.assert_close(found["liger"], found["plain"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernels", ["plain", "liger"])
+def test_greedy_texts_do_not_depend_on_the_kernels(tiny_model_dir, small_params, kernels):  # noqa: F811
+    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
+    sampling = small_params.ppo.sampling.model_copy(update={"top_k": 1, "max_new_tokens": 24})
+    expected = generate(*load_policy(tiny_model_dir, on(small_params, "cpu").run), CHATS, sampling)
+    model = load_policy(tiny_model_dir, on(small_params, "cuda").run, kernels=kernels)
+    assert [a.token_ids for (a,) in generate(*model, CHATS, sampling)] == [a.token_ids for (a,) in expected]
 
 
 @pytest.mark.parametrize("finetuning", ["lora", "full"])

@@ -87,6 +87,16 @@ def test_a_model_that_is_not_there(workspace):
     assert str(workspace / "nothing") in found.seen
 
 
+def test_a_rollout_engine_whose_program_is_not_there(workspace):
+    assert not [found for found in examine(workspace) if found.what == "rollouts"]
+    change_params(Layout(workspace).params, {"ppo.rollout_engine": "vllm", "ppo.vllm.program": "/none/vllm"})
+    found = finding(workspace, "rollouts")
+    assert found.state is State.FAIL
+    assert "ppo.vllm.program = '/none/vllm'" in found.seen
+    change_params(Layout(workspace).params, {"ppo.vllm.program": "/bin/sh"})
+    assert finding(workspace, "rollouts").seen == "by /bin/sh"
+
+
 def test_a_remote_that_cannot_be_written(workspace):
     (workspace / "remote").write_text("a file")
     assert finding(workspace, "DVC remote").state is State.FAIL
