@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from rlhf_core import collector
 from rlhf_core.commands import collecting as collecting_commands
 from rlhf_core.commands import promotion as promotion_commands
 from rlhf_core.commands import retraining as retraining_commands
@@ -267,6 +268,7 @@ def main() -> None:
         sys.exit(1)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the way out is not to be interrupted by a traceback
+        collector.leave_all()
 
 
 def _on_terminate(signum: int, frame: object) -> NoReturn:

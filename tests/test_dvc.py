@@ -34,6 +34,7 @@ NOT_IN_RESULTS = {
     "rlhf_core.config.sections",
     "rlhf_core.config.simulate",
     "rlhf_core.config.vllm",
+    "rlhf_core.collector",
     "rlhf_core.errors",
     "rlhf_core.layout",
     "rlhf_core.mlflow_writer",

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf_core import ranks
+from rlhf_core import collector, ranks
 from rlhf_core.config import RunConfig
 from rlhf_core.errors import InputError
 from rlhf_core.modeling.kernels import Kernels, check_kernels, use_kernels
@@ -71,6 +71,7 @@ def check_model_dir(path: Path) -> None:
         raise InputError(f"{path}: not a model directory: no .safetensors file")
 
 
+@collector.paused()
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
@@ -78,6 +79,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(path, local_files_only=True)
 
 
+@collector.paused()
 def load_policy(
     path: Path, run: RunConfig, *, dtype: torch.dtype | None = None, kernels: Kernels = "plain"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from rlhf_core import ranks
+from rlhf_core import collector, ranks
 from rlhf_core.atomic import write_text
 from rlhf_core.config import Params, flatten
 from rlhf_core.errors import RLHFError
@@ -35,7 +35,8 @@ def run_stage(stage: str, params: Params, layout: Layout) -> dict[str, float]:
     On success reports/STAGE/metrics.json (and history.csv where the stage logs steps) are written last;
     on failure .rlhf/runs/STAGE/failure.json says why, for the task that watches.
     """
-    module = importlib.import_module(f"rlhf_core.stages.{stage}")
+    with collector.paused():
+        module = importlib.import_module(f"rlhf_core.stages.{stage}")
     if ranks.count() > 1:
         from rlhf_core.modeling.loading import resolve_device
 
