@@ -147,6 +147,8 @@ def pretended_gpu(monkeypatch) -> Iterator[PretendedGPU]:
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
+        # A build of torch for CUDA would ask a driver which stream an optimizer steps in.
+        patch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
         patch.setattr(nn.Module, "to", to)
         patch.setattr(PreTrainedModel, "save_pretrained", save)
         patch.setattr(PreTrainedModel, "from_pretrained", classmethod(load))
