@@ -129,11 +129,10 @@ def _bad(path: Path, line: int, reason: str, text: str) -> dict[str, Any]:
 
 def _token_counter(directory: Path):
     """Tokens as the model counts them; words and signs where there is no model yet."""
-    if (directory / "tokenizer.json").is_file():
-        from tokenizers import Tokenizer
+    from rlhf_core.validation.columns import tokens_by_file
 
-        fast = Tokenizer.from_file(str(directory / "tokenizer.json"))
-        return lambda texts: [len(e.ids) for e in fast.encode_batch(list(texts), add_special_tokens=False)]
+    if (directory / "tokenizer.json").is_file():
+        return tokens_by_file(directory / "tokenizer.json")
     import re
 
     return lambda texts: [len(re.findall(r"\w+|[^\w\s]", text)) for text in texts]

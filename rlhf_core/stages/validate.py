@@ -15,7 +15,7 @@ from rlhf_core.errors import DataRejected
 from rlhf_core.layout import Layout
 from rlhf_core.modeling.loading import check_model_dir, load_tokenizer
 from rlhf_core.tracking import Tracker
-from rlhf_core.validation.columns import CountTokens, derive
+from rlhf_core.validation.columns import CountTokens, derive, tokens_by_file
 from rlhf_core.validation.expectations import Outcome, check
 from rlhf_core.validation.html import count_states, render, state
 from rlhf_core.validation.suites import Rule, suite
@@ -60,12 +60,7 @@ def token_counter(directory: Path) -> CountTokens:
     if not file.is_file():
         slow = load_tokenizer(directory)
         return lambda texts: [len(slow.encode(text, add_special_tokens=False)) for text in texts]
-    from tokenizers import Tokenizer
-
-    fast = Tokenizer.from_file(str(file))
-    fast.no_truncation()
-    fast.no_padding()
-    return lambda texts: [len(e.ids) for e in fast.encode_batch(list(texts), add_special_tokens=False)]
+    return tokens_by_file(file)
 
 
 def quarantine_outcome(layout: Layout, params: Params) -> Outcome:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_core.data.rows import TEXTS, TIE, is_tie, known
@@ -12,6 +13,16 @@ if TYPE_CHECKING:
     import pandas as pd
 
 CountTokens = Callable[[Sequence[str]], list[int]]
+
+
+def tokens_by_file(file: Path) -> CountTokens:
+    """By a tokenizer.json, special tokens not added; what it says of cutting and padding does not count."""
+    from tokenizers import Tokenizer
+
+    fast = Tokenizer.from_file(str(file))
+    fast.no_truncation()
+    fast.no_padding()
+    return lambda texts: [len(e.ids) for e in fast.encode_batch(list(texts), add_special_tokens=False)]
 
 
 def derive(

@@ -260,8 +260,6 @@ def test_a_real_vllm_writes_the_rollouts(tmp_path, small_params, monkeypatch):
     ]
 
     run_stage("ppo", params, layout)
-    history = [
-        json.loads(line) for line in (layout.run_dir("ppo") / "history.jsonl").read_text().splitlines()
-    ]
+    history = history_of(layout)
     assert len(history) == params.ppo.num_updates + 1
     assert all(row["rollout/logprob_gap"] < 1e-3 for row in history[:-1])

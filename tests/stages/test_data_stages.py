@@ -15,6 +15,7 @@ from rlhf_core.errors import DataRejected, InputError
 from rlhf_core.layout import Layout
 from rlhf_core.stages.runner import run_stage
 from rlhf_core.stages.validate import token_counter
+from rlhf_core.validation.columns import tokens_by_file
 
 
 def lines(path, rows):
@@ -136,6 +137,17 @@ def test_too_many_rows_put_aside_is_critical(layout):
     stage(layout, "prepare")
     with pytest.raises(DataRejected, match="rows were put aside"):
         stage(layout, "validate")
+
+
+def test_tokens_are_counted_whole_where_the_file_says_to_cut(tiny_model_dir, tmp_path):
+    from tokenizers import Tokenizer
+
+    cutting = Tokenizer.from_file(str(tiny_model_dir / "tokenizer.json"))
+    expected = [len(cutting.encode(text, add_special_tokens=False).ids) for text in TEXTS]
+    cutting.enable_truncation(3)
+    cutting.enable_padding(length=9)
+    cutting.save(str(tmp_path / "tokenizer.json"))
+    assert tokens_by_file(tmp_path / "tokenizer.json")(TEXTS) == expected
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["tokenizer.json", "vocab and merges"])
