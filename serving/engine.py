@@ -42,6 +42,7 @@ class Engine:
         self._slots, self._queue = slots, queue
         self._waiting: deque[Order] = deque()
         self._batches: list[Batch] = []
+        self._entering = 0  # answers that left the queue and are in no batch yet
         self._changed = threading.Condition()
         self._closing = False
         self.tokens = 0  # drawn since the start
@@ -65,7 +66,7 @@ class Engine:
             if self._closing:
                 raise ApiError(503, "this model is no longer served; ask again", code="shutting_down")
             waiting = self._num_waiting()
-            free = self._slots - self.running
+            free = self._slots - self.running - self._entering
             if waiting + order.copies > self._queue + max(free, 0):
                 raise ApiError(
                     429, f"all {self._slots} slots are taken and {waiting} wait; try again", code="queue_full"
@@ -120,10 +121,13 @@ class Engine:
                 self._waiting.popleft()
                 free -= order.copies
                 taken.setdefault(order.copies, []).append(order)
-        for number, orders in enumerate(list(taken.values())):
+                self._entering += order.copies
+        for number, (copies, orders) in enumerate(taken.items()):
             try:
                 self._open_batch().enter(orders)
+                self._entering -= copies * len(orders)
             except Exception:
+                self._entering = 0
                 lost = [order for rest in list(taken.values())[number:] for order in rest]
                 _tell(lost, "the model failed while reading the prompt")
                 raise

@@ -213,7 +213,8 @@ def test_a_full_server_says_429_and_when_to_come_back(serve, monkeypatch):
     busy = [threading.Thread(target=server.chat, args=(LONG_CHAT,), kwargs=LONG) for _ in range(12)]
     for thread in busy:
         thread.start()
-    until(lambda: server.fleet.role("champion").engine.waiting == 8)
+    engine = server.fleet.role("champion").engine
+    until(lambda: (engine.running, engine.waiting) == (4, 8))
     reply = server.chat()
     assert (reply.status_code, reply.headers["retry-after"]) == (429, "2")
     error = reply.json()["error"]

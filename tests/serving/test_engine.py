@@ -13,7 +13,7 @@ from rlhf_core.generation import generate
 from rlhf_core.modeling import blocks
 from rlhf_core.modeling.encoding import encode_prompt
 from rlhf_core.modeling.running import open_rows
-from serving.batch import Failure, Order
+from serving.batch import Batch, Failure, Order
 from serving.engine import Engine
 from serving.errors import ApiError
 from serving.text import Writing
@@ -158,6 +158,30 @@ def test_a_full_queue_refuses(loaded, make_engine):
     with pytest.raises(ApiError, match="all 1 slots are taken and 2 wait") as told:
         engine.submit(asked[3].order)
     assert (told.value.status, told.value.headers) == (429, {"Retry-After": "2"})
+
+
+def test_an_order_whose_prompt_is_being_read_has_its_slot(loaded, make_engine, monkeypatch):
+    reading, go_on = threading.Event(), threading.Event()
+    enter = Batch.enter
+
+    def slowly(self, orders):
+        reading.set()
+        go_on.wait(30)
+        enter(self, orders)
+
+    monkeypatch.setattr(Batch, "enter", slowly)
+    engine = make_engine(slots=1, queue=1)
+    asked = [Asked(loaded[1], CHATS[0], sampling(max_new_tokens=3)) for _ in range(3)]
+    engine.submit(asked[0].order)
+    assert reading.wait(30)
+    engine.submit(asked[1].order)
+    with pytest.raises(ApiError, match="1 wait"):
+        engine.submit(asked[2].order)
+    go_on.set()
+    for one in asked[:2]:
+        one.answers()
+    engine.submit(asked[2].order)
+    asked[2].answers()
 
 
 def test_closing_tells_everybody(loaded, make_engine):
