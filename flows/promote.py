@@ -82,7 +82,7 @@ def promote(
     root = Path.cwd().resolve()
     params = read_params(root, overrides)
     origin = {"prefect.flow_run": str(flow_run.id)}
-    if "PREFECT_API_URL" in os.environ:  # else the server goes with this process
+    if own_server.is_lasting():
         origin |= {"prefect.url": str(flow_run.ui_url), "prefect.api": str(PREFECT_API_URL.value())}
     found = compare(root, params, promotion.open_promotion(root, params, version, origin))
     text = promotion.scorecard_text(root, found.run_id)

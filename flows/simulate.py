@@ -58,7 +58,7 @@ def make_first(found: Simulation, this: Round, params: Params, say: Say) -> None
         this.registered = simulation.newest_version(found.checkout)
         if not this.registered:
             updates = f"ppo.num_updates={params.simulate.first_updates}"
-            simulation.run_step(found, "0-train", ["flows.train", "--isolated", "-S", updates], say)
+            simulation.run_step(found, "0-train", ["flows.run", "--isolated", "-S", updates], say)
             this.registered = simulation.newest_version(found.checkout)
     this.measured = simulation.measured_of(found.checkout, this.registered)
     found.save()

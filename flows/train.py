@@ -1,22 +1,20 @@
 """The flow `train`: data, SFT, reward model, PPO, evaluation, one task a stage; then the registry.
 
-`python -m flows.train` (which `rlhf run` starts) runs it here and now, with no server needed.
+`flows/run.py` runs it here and now, for `rlhf run`.
 """
 # ruff: noqa: E402 - what Prefect reads is set before it is imported
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from flows import own_server
 
-own_server.prepare(apart="--isolated" in sys.argv)
+own_server.prepare(apart=False)
 
 from prefect import flow, task
 from prefect.artifacts import create_table_artifact
@@ -25,18 +23,14 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run, task_run
 
 from flows import expected, forms
-from flows.shell import told_in_the_shell
 from rlhf_core.config import Params, load_params
 from rlhf_core.layout import Layout
-from rlhf_core.report import run_report
 from rlhf_core.rollout_engines.server import check_program
 from rlhf_core.stages import STAGES
 from tasks import gpus, registry, shown, stages, workspace, worktrees
 from tasks.plan import Planned, plan, rows, summary, wished_params
-from tasks.processes import end_orphans
 
 RETRY_SECONDS = 10  # before a failed task is started again: memory is free by then, a server up again
-TEMPORARY_SERVER = "prefect.server.api.server:create_app"
 
 
 def worth_retrying(task_object: Any, run: Any, state: Any) -> bool:
@@ -160,7 +154,7 @@ def run_stages(
     check_program(params.ppo)  # before the stages that come before it
     name = place.branch if place else "train"
     origin = {"prefect.flow_run": str(flow_run.id)}
-    if "PREFECT_API_URL" in os.environ:  # else the server goes with this process
+    if own_server.is_lasting():
         origin["prefect.url"] = str(flow_run.ui_url)
     if place:
         origin |= {"rlhf.branch": place.branch}
@@ -178,36 +172,3 @@ def run_stages(
         if place:  # first, so that what is registered names the commit with its parameters and dvc.lock
             worktrees.record(place, f"Run {place.run_id}")
         return register(root, parent)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="rlhf run", description="Run the whole pipeline.")
-    parser.add_argument("--profile", default="")
-    parser.add_argument("-S", "--set", dest="overrides", action="append", default=[])
-    parser.add_argument("--isolated", action="store_true")
-    parser.add_argument("--revision", default="")
-    options = parser.parse_args()
-    root = shown = Path.cwd()
-    with told_in_the_shell():
-        # Checked here too, so that a mistake is one line and not a failed flow.
-        workspace.check_workspace(root)
-        if options.isolated or options.revision:
-            profile = options.profile or "keep"
-            state = train(
-                profile=profile, overrides=options.overrides, revision=options.revision, return_state=True
-            )
-            registered = state.result()
-            run_id = worktrees.run_id_of(root, str(state.state_details.flow_run_id))
-            shown = worktrees.kept_dir(root, run_id)
-        else:
-            with workspace.exclusive(root):
-                workspace.resolve_params(root, options.profile, options.overrides)
-                end_orphans(root.resolve(), TEMPORARY_SERVER)  # of a run here that was killed
-            registered = train(in_place=True)
-    from rich.console import Console
-
-    Console().print(run_report(Layout(shown), registered))
-
-
-if __name__ == "__main__":
-    main()

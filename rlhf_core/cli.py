@@ -133,7 +133,7 @@ def run(
         options += ["--isolated", "--revision", revision]
     for text in overrides or []:
         options += ["-S", text]
-    _become("flows.train", options)
+    _become("flows.run", options)
 
 
 @app.command()

@@ -62,7 +62,7 @@ def _checkpoints(home: Path, stopped: bool) -> Iterator[Leftover]:
 
 
 def _servers(home: Path) -> Iterator[Leftover]:
-    """flows/train.py names them after the process whose they are, which removes them unless it is killed."""
+    """flows/own_server.py names them after their process, which removes them unless it is killed."""
     for path in sorted(Layout(home).state.glob("prefect-*")):
         number = path.name.removeprefix("prefect-")
         if number.isdigit() and not psutil.pid_exists(int(number)):

@@ -35,6 +35,13 @@ def free_port(wanted: int, host: str = HOST) -> int:
     raise RLHFError(f"no free port from {wanted} to {wanted + 99} on {host}")
 
 
+def unused_port() -> int:
+    """One that the kernel picks, so that two who ask at once get two."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]
+
+
 def answers(url: str) -> bool:
     """Whether a server is there; one that asks who we are is."""
     try:

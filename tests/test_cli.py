@@ -214,6 +214,8 @@ def test_help_lists_every_stage(capsys, monkeypatch):
             {"torch", "transformers", "mlflow", "prefect"},
         ),
         ("flows.train", {"torch", "transformers", "matplotlib"}),
+        # Its server starts before Prefect is loaded.
+        ("flows.run", {"torch", "transformers", "matplotlib", "mlflow", "prefect", "pandas"}),
     ],
 )
 def test_importing_loads_nothing_heavy(modules, heavy, root, tmp_path):
