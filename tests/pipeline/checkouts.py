@@ -95,12 +95,3 @@ def processes_below(directory: Path) -> dict[int, str]:
         except OSError:
             continue
     return found
-
-
-def stages_below(directory: Path) -> list[str]:
-    """Command lines of stages that work below `directory`; where the project lies makes no difference."""
-    return [
-        command
-        for command in processes_below(directory).values()
-        if any(Path(word).name == "rlhf" or word.startswith("rlhf_core") for word in command.split())
-    ]

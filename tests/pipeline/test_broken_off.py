@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import signal
+from pathlib import Path
 
 import pytest
 
 from rlhf_core.mlflow_writer import open_client
 from rlhf_core.stages import STAGES
 
-from .checkouts import clone_with_cache, commit, processes_below, run, stages_below, start, wait_for
+from .checkouts import clone_with_cache, commit, processes_below, run, start, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +35,12 @@ def test_killed_run_goes_on_and_gives_the_same_bytes(clone, finished, tmp_path):
         wait_for(lambda: flow.poll() is not None or list(checkpoints.glob("*/*.json")))
         assert flow.poll() is None, (tmp_path / "flow.log").read_text()[-2000:]
     finally:
+        below = processes_below(clone)
         flow.send_signal(signal.SIGKILL)
         flow.wait()
-    wait_for(lambda: not stages_below(clone), 30)  # nothing trains unseen
+    wait_for(lambda: not processes_below(clone), 30)  # nothing trains unseen, nor is the server left
+    # DVC takes the lock of a process for held until somebody has asked how it ended.
+    wait_for(lambda: not any(Path(f"/proc/{number}").exists() for number in below), 60)
     assert not (clone / "models" / "policy").exists()
 
     done = run(["dvc", "repro"], clone)  # without Prefect this time
