@@ -17,7 +17,9 @@ from pathlib import Path
 from rlhf_core.cli import QUIET
 from rlhf_core.errors import RLHFError
 from rlhf_core.parent_death import die_with_parent
-from tasks.network import HOST, answers, unused_port
+from rlhf_core.ports import HOST, unused_port
+from tasks.network import answers
+from tasks.processes import end_tree
 
 APPLICATION = "prefect.server.api.server:create_app"  # in the command of such a server
 START_SECONDS = 120
@@ -73,7 +75,7 @@ def starting(*, apart: bool) -> Iterator[None]:
     print("starting Prefect's server for this run", file=sys.stderr)
     server = _start(port)
     # Registered before Prefect is imported, so that what Prefect sends on its way out still arrives.
-    atexit.register(_end, server)
+    atexit.register(end_tree, server, END_SECONDS)
     os.environ[API_VARIABLE] = os.environ[OWN_VARIABLE] = url
     os.environ.setdefault("PREFECT_UI_URL", "")  # no page is served there, so none is to be linked
     yield
@@ -104,12 +106,3 @@ def _wait(server: subprocess.Popen, url: str) -> None:
         if time.monotonic() > deadline:
             raise RLHFError(f"Prefect's server did not answer at {url} within {START_SECONDS} s")
         time.sleep(0.05)
-
-
-def _end(server: subprocess.Popen) -> None:
-    server.terminate()
-    try:
-        server.wait(END_SECONDS)
-    except subprocess.TimeoutExpired:
-        server.kill()
-        server.wait()

@@ -7,8 +7,8 @@ import urllib.error
 import urllib.request
 
 from rlhf_core.errors import InputError, RLHFError
+from rlhf_core.ports import HOST
 
-HOST = "127.0.0.1"
 LOOPBACK = (HOST, "localhost", "::1")
 ANSWER_SECONDS = 3.0
 
@@ -33,13 +33,6 @@ def free_port(wanted: int, host: str = HOST) -> int:
         if port_is_free(port, host):
             return port
     raise RLHFError(f"no free port from {wanted} to {wanted + 99} on {host}")
-
-
-def unused_port() -> int:
-    """One that the kernel picks, so that two who ask at once get two."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return probe.getsockname()[1]
 
 
 def answers(url: str) -> bool:

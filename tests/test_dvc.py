@@ -39,6 +39,7 @@ NOT_IN_RESULTS = {
     "rlhf_core.layout",
     "rlhf_core.mlflow_writer",
     "rlhf_core.parent_death",
+    "rlhf_core.ports",
     "rlhf_core.redaction",
     "rlhf_core.stages",
     "rlhf_core.tracking",

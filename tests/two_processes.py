@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 
 import torch
 from torch import multiprocessing
 
 from rlhf_core import ranks
+from rlhf_core.ports import unused_port
 
 
 def _as_rank(rank, port, work, answers):
@@ -28,9 +28,7 @@ def _as_rank(rank, port, work, answers):
 
 def in_two_processes(work):
     """What `work(rank)` gives in the two ranks of a training."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = unused_port()
     context = multiprocessing.get_context("spawn")
     answers = context.SimpleQueue()
     processes = [context.Process(target=_as_rank, args=(r, port, work, answers)) for r in range(2)]

@@ -7,7 +7,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 from rlhf_core.config import PPOConfig, VLLMConfig
 from rlhf_core.errors import InputError, RLHFError
 from rlhf_core.parent_death import die_with_parent
+from rlhf_core.ports import HOST, unused_port
 
 if TYPE_CHECKING:
     import httpx
 
-HOST = "127.0.0.1"
 GRACE_SECONDS = 10.0
 TAIL_LINES = 12
 # Of this process alone: its packages, and its place among the ranks of a training.
@@ -91,7 +90,7 @@ def serving(
 
     Raises InputError without a program, RolloutEngineError when the server does not come up.
     """
-    port, key = _free_port(), secrets.token_hex(16)
+    port, key = unused_port(), secrets.token_hex(16)
     where = ["--host", HOST, "--port", str(port)]
     command = [find_program(config), "serve", str(model.resolve()), *where, *options]
     environment = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
@@ -137,12 +136,6 @@ def _is_healthy(client: httpx.Client) -> bool:
         return client.get("/health").status_code == 200
     except httpx.TransportError:
         return False
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return probe.getsockname()[1]
 
 
 def _end(process: subprocess.Popen) -> None:

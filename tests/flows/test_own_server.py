@@ -15,6 +15,7 @@ own_server.prepare(apart=False)
 from prefect.settings import get_current_settings
 server = get_current_settings().server
 print(server.register_blocks_on_start, server.memoize_block_auto_registration, server.logging_level)
+print(own_server.is_lasting())
 """
 
 
@@ -27,12 +28,13 @@ def said(tmp_path, root, **environment):
 
 
 def test_it_neither_writes_down_block_types_nor_notes_that_they_are_there(tmp_path, root):
-    assert said(tmp_path, root) == ["False", "False", "ERROR"]
+    assert said(tmp_path, root) == ["False", "False", "ERROR", "False"]
     assert (tmp_path / ".rlhf" / "prefect").is_dir()
 
 
 def test_a_server_that_somebody_started_is_left_as_it_is(tmp_path, root):
-    assert said(tmp_path, root, PREFECT_API_URL="http://127.0.0.1:9/api")[:2] == ["True", "True"]
+    registers, notes, _, lasting = said(tmp_path, root, PREFECT_API_URL="http://127.0.0.1:9/api")
+    assert (registers, notes, lasting) == ("True", "True", "True")
     assert not (tmp_path / ".rlhf").exists()
 
 
@@ -57,8 +59,9 @@ hello()
 def started(tmp_path, root, *, apart=False, then="", **environment):
     clean = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
     env = clean | {"PYTHONPATH": str(root)} | environment
-    code = START.format(apart=apart, then=then)
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    command = [sys.executable, "-c", START.format(apart=apart, then=then)]
+    # A server that goes on holds the pipes, so this would wait for it.
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
     return done, [line.split() for line in done.stdout.splitlines()]
 
 
@@ -88,7 +91,16 @@ def test_it_ends_with_a_process_that_is_killed(tmp_path, root):
         time.sleep(0.1)
 
 
-def test_a_home_of_somebodys_own_is_left_to_prefect_and_stays(tmp_path, root):
+def test_a_home_of_somebodys_own_stays_when_a_command_keeps_its_state_apart(tmp_path, root):
+    home = tmp_path / "mine"
+    home.mkdir()
+    code = "from flows import own_server; own_server.prepare(apart=True)"
+    env = os.environ | {"PYTHONPATH": str(root), "PREFECT_HOME": str(home)}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True)
+    assert home.is_dir()
+
+
+def test_where_prefects_own_settings_may_name_a_server_it_is_left_to_prefect(tmp_path, root):
     home = tmp_path / "mine"
     home.mkdir()
     (home / "profiles.toml").write_text(
