@@ -27,9 +27,17 @@ def on(params, device, finetuning="lora"):
     tree = params.model_dump(mode="json", by_alias=True)
     tree["run"]["device"] = device
     tree["model"]["finetuning"] = finetuning
-    tree["sft"] |= {"num_rows": 8, "batch_size": 4, "num_epochs": 1, "num_eval_rows": 4}
-    tree["reward"] |= {"batch_size": 16, "num_epochs": 1}
-    tree["ppo"] |= {"num_updates": 1}
+    # The first steps of AdamW go by the sign of a gradient, also of one that only rounding keeps from 0, as
+    # that of the mean score is: at the rates of the other tests it moved by 2 %, on some machines.
+    tree["sft"] |= {
+        "num_rows": 8,
+        "batch_size": 4,
+        "num_epochs": 1,
+        "num_eval_rows": 4,
+        "learning_rate": 1e-3,
+    }
+    tree["reward"] |= {"batch_size": 16, "num_epochs": 1, "learning_rate": 1e-3}
+    tree["ppo"] |= {"num_updates": 1, "learning_rate": 1e-3, "critic_learning_rate": 1e-3}
     tree["evaluate"] |= {"num_prompts": 4, "bootstrap_samples": 100}
     return parse_params(tree, "test")
 
@@ -45,7 +53,7 @@ def test_stages_do_on_a_gpu_what_they_do_on_a_cpu(
         with pretended_gpu(monkeypatch):
             found = run_stage(stage, on(small_params, "cuda", finetuning), other)
         # Other sums in attention and norms, and an optimizer that enlarges what differs: not bit for bit.
-        assert found == pytest.approx(expected, rel=1e-2, abs=1e-3, nan_ok=True), stage
+        assert found == pytest.approx(expected, rel=2e-3, abs=1e-3, nan_ok=True), stage
 
 
 def test_generation_on_a_gpu_gives_the_texts_of_the_cpu(tiny_model_dir, small_params, monkeypatch):
