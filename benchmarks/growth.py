@@ -61,11 +61,12 @@ def passes(rows: int, length: int, repeats: int) -> dict[str, Any]:
 
     found: dict[str, Any] = {"ceiling": ceiling}
     for name, need in (("forward", flops.forward), ("training", flops.training)):
+        attention = rows * flops.attention(length, training=name == "training")
         seconds = measure({name: forward if name == "forward" else training}, repeats)[name]
         grown = _peak() - before
         found[name] = {
             "seconds": statistics.median(seconds),
-            "flops": need(rows * length),
+            "flops": need(rows * length) + attention,
             "kib_a_token": grown / (rows * length),
         }
     return found
@@ -76,21 +77,27 @@ def _peak() -> int:
 
 
 def growth_of_passes(repeats: int) -> Table:
-    table = Table(title="Passes through the trunk with LoRA")
-    for column in ("rows x tokens", "pass", "ms a token", "KiB a token", "share of ceiling"):
+    table = Table(title="Passes through the trunk with LoRA, by token")
+    columns = ("rows x tokens", "pass", "ms", "times", "arithmetic, times", "KiB", "share of ceiling")
+    for column in columns:
         table.add_column(column)
+    first: dict[str, tuple[float, float]] = {}  # seconds and operations a token, of each pass
     for rows, length in ROWS:
         command = [sys.executable, "-m", "benchmarks.growth", "--one", str(rows), str(length)]
         done = subprocess.run([*command, "--repeats", str(repeats)], stdout=subprocess.PIPE, check=True)
         found = json.loads(done.stdout.decode().splitlines()[-1])
         for name in ("forward", "training"):
             one = found[name]
+            seconds, flops = one["seconds"] / (rows * length), one["flops"] / (rows * length)
+            base = first.setdefault(name, (seconds, flops))
             table.add_row(
                 f"{rows} x {length}",
                 name,
-                f"{1000 * one['seconds'] / (rows * length):.2f}",
+                f"{1000 * seconds:.2f}",
+                f"{seconds / base[0]:.2f}",
+                f"{flops / base[1]:.2f}",
                 f"{one['kib_a_token']:.0f}",
-                f"{one['flops'] / one['seconds'] / found['ceiling']:.0%}",
+                f"{flops / seconds / found['ceiling']:.0%}",
             )
     return table
 

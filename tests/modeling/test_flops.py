@@ -19,12 +19,12 @@ def model(tiny_model_dir):
     return load_policy(tiny_model_dir, RUN)[0]
 
 
-def products(work):
+def products(work, among=PRODUCTS):
     """Operations of products with weights; attention's own are batched and not among them."""
     with FlopCounterMode(display=False) as counter:
         work()
     counts = counter.get_flop_counts()["Global"]
-    return sum(count for op, count in counts.items() if op in PRODUCTS)
+    return sum(count for op, count in counts.items() if op in among)
 
 
 def loss(model):
@@ -52,3 +52,15 @@ def test_training_adapters_is_two_forwards_and_the_adapters(model):
     active.name = "policy"
     seen = products(lambda: loss(model).backward())
     assert Flops.of(model, "lora").training(TOKENS, TOKENS) == pytest.approx(seen, rel=0.15)
+
+
+def test_attention_is_half_of_what_torch_counts_without_a_mask_and_the_diagonal(model):
+    model.set_attn_implementation("eager")
+    model.requires_grad_(True)
+    with torch.no_grad():
+        forward = products(lambda: loss(model), {torch.ops.aten.bmm})
+    both = products(lambda: loss(model).backward(), {torch.ops.aten.bmm})
+    flops = Flops.of(model, "lora")
+    seen = (TOKENS + 1) / (2 * TOKENS)  # the pairs of a token and one that it sees
+    assert flops.attention(TOKENS) == pytest.approx(seen * forward)
+    assert flops.attention(TOKENS, training=True) == pytest.approx(seen * both)
