@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.clock import now, peak_gib
 from benchmarks.engines.our_ppo import make_actors, make_optimizers, params_of
-from benchmarks.peers import CASES, Case, write_case
+from benchmarks.peers import CASES, Case, case_named, write_case
 from benchmarks.speed import matrix_ceiling
 from rlhf_core.layout import Layout
 from rlhf_core.modeling.loading import resolve_device, resolve_dtype
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("case", nargs="?", default="3", choices=cases)
     options = parser.parse_args()
     layout = Layout(Path.cwd())
-    case = CASES[options.case]
+    case = case_named(options.case)
     assert isinstance(case, Case)
     with tempfile.TemporaryDirectory() as scratch:
         facts = json.loads(write_case(case, 3, layout, Path(scratch)).read_text())

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.clock import peak_gib
-from benchmarks.peers import CASES, Case, run, write_case
+from benchmarks.peers import Case, case_named, run, write_case
 from benchmarks.speed import matrix_ceiling, measure
 from rlhf_core.config import load_params
 from rlhf_core.layout import Layout
@@ -119,7 +119,7 @@ def growth_of_ppo(layout: Layout, batches: int) -> Table:
     table = Table(title="PPO with LoRA, 16 episodes of 24 + 32 tokens")
     for column in ("model", "seconds a batch (range)", "times", "arithmetic, times", "peak GiB"):
         table.add_column(column)
-    case = CASES["3"]
+    case = case_named("3")
     assert isinstance(case, Case)
     with tempfile.TemporaryDirectory() as scratch:
         path = write_case(case, batches, layout, Path(scratch))

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +79,21 @@ class Supervised:
 
 
 CASES: dict[str, Case | Supervised] = {
-    "1": Case("full, 24 + 32 tokens, bf16", 16, 32, 1, 1, False, False, True, 24),
-    "1f": Case("full, 24 + 32 tokens, float32", 16, 32, 1, 1, False, False, False, 24),
+    "1": Case("full, 24 + 32 tokens", 16, 32, 1, 1, False, False, True, 24),
+    "1f": Case("full, 24 + 32 tokens", 16, 32, 1, 1, False, False, False, 24),
     "2": Case("full, real stopping, 4 x 4", 32, 128, 4, 4, True, False, True),
     "2s": Case("... from models/sft, which stops", 32, 128, 4, 4, True, False, True, start="sft"),
-    "3": Case("LoRA, 24 + 32 tokens, bf16", 16, 32, 1, 1, False, True, True, 24),
+    "3": Case("LoRA, 24 + 32 tokens", 16, 32, 1, 1, False, True, True, 24),
     "4s": Supervised("SFT, ragged rows", "sft", 16, 16, False),
     "4r": Supervised("reward model, ragged pairs", "reward", 16, 4, False),
 }
+
+
+def case_named(name: str) -> Case | Supervised:
+    """The case as this machine computes it: where it has no bfloat16, in float32 for both engines."""
+    case, run_config = CASES[name], load_params(Layout(Path.cwd()).params).run
+    width = resolve_dtype(run_config.model_copy(update={"precision": "auto"}), resolve_device(run_config))
+    return replace(case, bf16=case.bf16 and width.itemsize == 2)
 
 
 def environment(directory: Path, version: str) -> Path:
@@ -192,7 +199,7 @@ def add_rows(
         medians[engine] = median / (statistics.mean(tokens) if case.per_token else 1.0)
         flops = statistics.mean(result.get("flops", 0.0) for result in results)  # the peer's are not known
         speeds.add_row(
-            case.name,
+            f"{case.name}, {'bf16' if case.bf16 else 'float32'}",
             name,
             f"{median:.1f} ({min(seconds):.1f} to {max(seconds):.1f})",
             f"{statistics.mean(tokens) / median:.0f}",
@@ -227,7 +234,7 @@ def main() -> None:
     speeds.title = "One batch; tokens of answers in PPO, of prompts and answers elsewhere"
     phases = Table("case", "engine", "seconds by phase", "other work here")
     for name in options.cases:
-        case = CASES[name]
+        case = case_named(name)
         if not layout.model(case.start).is_dir():
             print(f"left out: case {name}, which needs models/{case.start}", file=sys.stderr)
             continue
