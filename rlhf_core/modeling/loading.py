@@ -41,8 +41,23 @@ def resolve_dtype(run: RunConfig, device: torch.device) -> torch.dtype:
         return getattr(torch, run.precision)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if has_bf16 else torch.float32
+    return torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
+
+
+def _cpu_has_bfloat16() -> bool:
+    import torch
+
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def precision_warning(run: RunConfig) -> str:
+    """What to say of a precision that this processor has no instructions for; empty when it has."""
+    if run.precision != "bfloat16" or resolve_device(run).type != "cpu" or _cpu_has_bfloat16():
+        return ""
+    return (
+        "run.precision = 'bfloat16': this processor has no instructions for it, and products take many times "
+        "as long as in float32; auto takes the faster of the two"
+    )
 
 
 def use_determinism(device: torch.device) -> None:

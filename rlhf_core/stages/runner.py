@@ -23,9 +23,11 @@ from rlhf_core.config import Params, flatten
 from rlhf_core.errors import RLHFError
 from rlhf_core.layout import Layout
 from rlhf_core.mlflow_writer import SWITCH_VARIABLE, MlflowWriter
+from rlhf_core.modeling.loading import precision_warning
 from rlhf_core.tracking import SilentTracker, Tracker
 from rlhf_core.tracking_spool import SpoolWriter
 
+COMPUTING = "pretrain", "sft", "preferences", "reward", "ppo", "evaluate"
 SECTIONS = {"base": "model", "prepare": "data", "validate": "validate_"}  # the others are named as the stage
 
 
@@ -49,6 +51,8 @@ def run_stage(stage: str, params: Params, layout: Layout) -> dict[str, float]:
     starting = time.time() - psutil.Process().create_time()
     started = time.monotonic()
     with open_tracker(stage, params, layout) as tracker, ranks.together():
+        if stage in COMPUTING and (warning := precision_warning(params.run)):
+            tracker.warn("precision", warning)
         metrics = module.run(params, layout, tracker)
         if tracker.history:
             write_text(layout.history(stage), history_csv(tracker.history))
