@@ -124,7 +124,7 @@ def _machine(root: Path) -> Iterator[Finding]:
 def _device(params: Params) -> Iterator[Finding]:
     import torch
 
-    from rlhf_core.modeling.loading import resolve_device, resolve_dtype
+    from rlhf_core.modeling.loading import precision_warning, resolve_device, resolve_dtype
 
     try:
         device = resolve_device(params.run)
@@ -142,6 +142,8 @@ def _device(params: Params) -> Iterator[Finding]:
         yield Finding("device", State.WARN, seen, f"run.num_processes: {count} would use them all")
     elif device.type == "cpu" and dtype == "float32" and params.run.precision == "auto":
         yield Finding("device", State.WARN, seen, "this processor has no bf16, so products take longer")
+    elif precision_warning(params.run):
+        yield Finding("device", State.WARN, seen, "this processor has no bf16: run.precision: auto is faster")
     else:
         yield Finding("device", State.OK, seen)
 

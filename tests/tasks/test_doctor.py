@@ -79,6 +79,22 @@ def test_gpus_that_torch_does_not_see(workspace, monkeypatch):
     assert "the driver shows 2, and torch sees none" in found.seen
 
 
+@pytest.mark.parametrize(
+    ("precision", "remedy"),
+    [("auto", "so products take longer"), ("bfloat16", "run.precision: auto is faster"), ("float32", "")],
+)
+def test_a_processor_without_bfloat16(workspace, monkeypatch, precision, remedy):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(doctor.gpus, "visible", lambda: [])
+    change_params(Layout(workspace).params, {"run.precision": precision})
+    found = finding(workspace, "device")
+    assert remedy in found.remedy
+    assert (found.state is State.WARN) == bool(remedy)
+
+
 def test_a_model_that_is_not_there(workspace):
     values = {"model.source": "path", "model.name": str(workspace / "nothing")}
     change_params(Layout(workspace).params, values)
