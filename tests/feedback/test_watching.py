@@ -206,19 +206,19 @@ def test_a_rebuild_and_an_erased_person_change_nothing_of_how_it_ended(store, cl
 
 def test_progress_counts_by_person_and_leaves_gold_and_old_votes_apart(store, clock):
     right = {"kind": "choice", "choice": "a", "strength": 1}
-    rows = [pair(n, gold=right if n > 1 else None) for n in range(8)]
+    rows = [pair(n, gold=right if n >= 20 else None) for n in range(26)]  # no gold drawn: once in a million
     rules = {"overlap_votes": 2, "overlap_share": 1.0, "gold_share": 0.5}
     open_collection(store, PROJECT.model_copy(update=rules), rows)
     ann, bob = person(store, "ann"), person(store, "bob")
     while assignment.next_item(store, ann, "p"):
         vote(store, ann)
-    assert len(gathering.gather(store, "p").votes) > 2  # some on gold items
+    assert len(gathering.gather(store, "p").votes) > 20  # some on gold items
     clock.pass_by(25 * 3600)
-    while progress(store, "p").votes < 3:
+    while progress(store, "p").votes < 21:
         vote(store, bob)
     state = progress(store, "p")
-    assert state.by_annotator == {ann.id: 2, bob.id: 1}
-    assert (state.votes, state.recent) == (3, 1)
+    assert state.by_annotator == {ann.id: 20, bob.id: 1}
+    assert (state.votes, state.recent) == (21, 1)
 
 
 def test_the_expected_end_by_hand(clock):
