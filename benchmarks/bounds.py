@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.clock import now, peak_gib
 from benchmarks.engines.our_ppo import make_actors, make_optimizers, params_of
-from benchmarks.peers import CASES, Case, case_named, write_case
+from benchmarks.peers import CASES, Case, case_named, title_of, write_case
 from benchmarks.speed import matrix_ceiling
 from rlhf_core.layout import Layout
 from rlhf_core.modeling.loading import resolve_device, resolve_dtype
@@ -149,7 +149,7 @@ def main() -> None:
         "rollout": (in_rollout, least_of_rollout(actors, rollout, machine)),
         "update": (in_update, least_of_update(actors, rollout, config.num_ppo_epochs, steps, machine)),
     }
-    table = Table("", "spent, s", "least, s", title=f"One batch of PPO: {case.name}")
+    table = Table("", "spent, s", "least, s", title=f"One batch of PPO: {title_of(case)}")
     whole = 0.0
     for phase, (kinds, floors) in least.items():
         for kind, seconds in kinds.items():

@@ -96,6 +96,10 @@ def case_named(name: str) -> Case | Supervised:
     return replace(case, bf16=case.bf16 and width.itemsize == 2)
 
 
+def title_of(case: Case | Supervised) -> str:
+    return f"{case.name}, {'bf16' if case.bf16 else 'float32'}"
+
+
 def environment(directory: Path, version: str) -> Path:
     """The Python of TRL's environment, made when it is not there."""
     directory = directory / f"venv-trl-{version}"
@@ -199,7 +203,7 @@ def add_rows(
         medians[engine] = median / (statistics.mean(tokens) if case.per_token else 1.0)
         flops = statistics.mean(result.get("flops", 0.0) for result in results)  # the peer's are not known
         speeds.add_row(
-            f"{case.name}, {'bf16' if case.bf16 else 'float32'}",
+            title_of(case),
             name,
             f"{median:.1f} ({min(seconds):.1f} to {max(seconds):.1f})",
             f"{statistics.mean(tokens) / median:.0f}",
@@ -215,7 +219,7 @@ def add_rows(
         if "update_flops" in results[-1]:
             share = results[-1]["update_flops"] / spent["update"] / ceiling
             said += f" ({share:.0%} of the ceiling)"
-        phases.add_row(case.name, name, said, f"{max(result['others'] for result in results):.0%}")
+        phases.add_row(title_of(case), name, said, f"{max(result['others'] for result in results):.0%}")
 
 
 def main() -> None:
