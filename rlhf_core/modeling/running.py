@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 PACKED_STEPS, PACKED_ROWS = 16, 64  # packing the weights pays from so many steps on, and up to so many rows
 GROWTH = 32
-FUSED_KEYS = 4096  # of all rows together, up to which fused attention takes less time than products
+FUSED_KEYS = 1024  # of all rows together, up to which fused attention takes less time than products
 
 
 class RunningRows(Protocol):
