@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 SHAPES = ("llama", "mistral", "qwen2")
 STILL_ROTATIONS = ("default", "linear", "llama3", "yarn")  # those that do not change with the length
 SHORT_SEQUENCE = 256
+FEW_ROWS = 64  # up to which torch's own norm takes less time, though not for more
 
 
 def computing_type(model: PreTrainedModel) -> torch.dtype:
@@ -169,8 +170,12 @@ class Block:
 
 
 def norm(x: Tensor, module: Any, dtype: torch.dtype) -> Tensor:
-    how = module.weight, module.variance_epsilon, dtype
-    return _RMSNorm.apply(x, *how) if torch.is_grad_enabled() else _normed(x, *how)[0]
+    weight, eps = module.weight, module.variance_epsilon
+    if torch.is_grad_enabled():
+        return _RMSNorm.apply(x, weight, eps, dtype)
+    if len(x) <= FEW_ROWS and x.dtype == weight.dtype:
+        return F.rms_norm(x, weight.shape, weight, eps).to(dtype)
+    return _normed(x, weight, eps, dtype)[0]
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
