@@ -27,6 +27,7 @@ from benchmarks.clock import now, peak_gib
 from benchmarks.engines.our_ppo import make_actors, make_optimizers, params_of
 from benchmarks.peers import CASES, Case, case_named, title_of, write_case
 from benchmarks.speed import matrix_ceiling
+from rlhf_core.allocator import keep_freed
 from rlhf_core.layout import Layout
 from rlhf_core.modeling.loading import resolve_device, resolve_dtype
 from rlhf_core.rl.ppo import update
@@ -125,6 +126,7 @@ def main() -> None:
     layout = Layout(Path.cwd())
     case = case_named(options.case)
     assert isinstance(case, Case)
+    keep_freed()  # as a stage does
     with tempfile.TemporaryDirectory() as scratch:
         facts = json.loads(write_case(case, 3, layout, Path(scratch)).read_text())
     params = params_of(facts)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from rlhf_core import collector
+from rlhf_core import allocator, collector
 from rlhf_core.commands import collecting as collecting_commands
 from rlhf_core.commands import promotion as promotion_commands
 from rlhf_core.commands import retraining as retraining_commands
@@ -89,6 +89,7 @@ def _stage_command(stage: str) -> Callable[[], None]:
     def command() -> None:
         if PARENT_DEATH_VARIABLE in os.environ:
             die_with_parent(int(os.environ[PARENT_DEATH_VARIABLE]))
+        allocator.keep_freed()
         from rlhf_core.config import load_params
         from rlhf_core.stages.runner import run_stage
 

@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.clock import now, peak_gib
 from benchmarks.endless import EndlessTokenizer
+from rlhf_core.allocator import keep_freed
 from rlhf_core.config import Params, PPOConfig, load_params
 from rlhf_core.modeling.loading import load_policy, load_tokenizer
 from rlhf_core.modeling.reward import Normalisation, ScalarHead, scorer_of_roles
@@ -101,6 +102,7 @@ def watch(phases: dict[str, float]) -> None:
 
 
 def main() -> None:
+    keep_freed()  # as a stage does
     case = json.loads(Path(sys.argv[1]).read_text())
     params = params_of(case)
     config: PPOConfig = params.ppo

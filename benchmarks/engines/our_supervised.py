@@ -13,6 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 
 from benchmarks.clock import now, peak_gib
+from rlhf_core.allocator import keep_freed
 from rlhf_core.config import Params, load_params
 from rlhf_core.modeling.pairs import Pair
 from rlhf_core.modeling.reward import ScalarHead
@@ -58,6 +59,7 @@ def make_task(case: dict, params: Params) -> tuple[Task, Roles, list[Any], list[
 
 
 def main() -> None:
+    keep_freed()  # as a stage does
     case = json.loads(Path(sys.argv[1]).read_text())
     task, _, rows, parameters = make_task(case, params_of(case))
     optimizer = make_optimizer(parameters, 1e-5)
