@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.speed import matrix_ceiling
+from rlhf_core.allocator import LARGEST_KEPT
 from rlhf_core.config import load_params
 from rlhf_core.data.rows import read_rows
 from rlhf_core.errors import InputError
@@ -34,6 +36,8 @@ from rlhf_core.modeling.loading import load_tokenizer, resolve_device, resolve_d
 
 ENGINES = Path(__file__).parent / "engines"
 Result = dict[str, Any]
+# What `rlhf_core.allocator` does for our stages, by the C library's own variables.
+KEPT = {"MALLOC_MMAP_THRESHOLD_": str(LARGEST_KEPT), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 
 
 @dataclass(frozen=True)
@@ -161,9 +165,9 @@ def supervised_rows(case: Supervised, batches: int, layout: Layout) -> dict[str,
     }
 
 
-def run(python: Path, engine: str, case: Path) -> Result:
+def run(python: Path, engine: str, case: Path, variables: Mapping[str, str] = {}) -> Result:
     """One run of an engine. Raises CalledProcessError when it fails."""
-    env = os.environ | {"PYTHONPATH": str(Path.cwd()) if engine.startswith("our") else ""}
+    env = os.environ | {"PYTHONPATH": str(Path.cwd()) if engine.startswith("our") else ""} | variables
     began, started = _processor_seconds(), time.monotonic()
     done = subprocess.run(
         [str(python), str(ENGINES / f"{engine}.py"), str(case)], env=env, stdout=subprocess.PIPE, check=True
@@ -182,12 +186,18 @@ def _processor_seconds() -> float:
 def compare(
     case: Case | Supervised, options: argparse.Namespace, layout: Layout, peer: Path
 ) -> dict[str, list[Result]]:
-    found: dict[str, list[Result]] = {engine: [] for engine in case.engines}
+    """Results of each engine by what the tables call it, TRL first."""
+    theirs, ours = case.engines
+    runs: dict[str, tuple[Path, str, Mapping[str, str]]]
+    runs = {f"TRL {case.trl}": (peer, theirs, {}), "this project": (Path(sys.executable), ours, {})}
+    if options.kept:
+        runs[f"TRL {case.trl}, freed memory kept"] = peer, theirs, KEPT
+    found: dict[str, list[Result]] = {name: [] for name in runs}
     with tempfile.TemporaryDirectory() as scratch:
         path = write_case(case, options.batches, layout, Path(scratch))
         for _ in range(options.rounds):
-            for engine, results in found.items():
-                results.append(run(peer if engine.startswith("trl") else Path(sys.executable), engine, path))
+            for name, (python, engine, variables) in runs.items():
+                found[name].append(run(python, engine, path, variables))
     return found
 
 
@@ -195,19 +205,18 @@ def add_rows(
     speeds: Table, phases: Table, case: Case | Supervised, found: dict[str, list[Result]], ceiling: float
 ) -> None:
     medians: dict[str, float] = {}
-    for engine, results in found.items():
-        name = f"TRL {case.trl}" if engine.startswith("trl") else "this project"
+    for name, results in found.items():
         seconds = [s for result in results for s in result["seconds"]]
         tokens = [n for result in results for n in result["tokens"]]
         median = statistics.median(seconds)
-        medians[engine] = median / (statistics.mean(tokens) if case.per_token else 1.0)
+        medians[name] = median / (statistics.mean(tokens) if case.per_token else 1.0)
         flops = statistics.mean(result.get("flops", 0.0) for result in results)  # the peer's are not known
         speeds.add_row(
             title_of(case),
             name,
             f"{median:.1f} ({min(seconds):.1f} to {max(seconds):.1f})",
             f"{statistics.mean(tokens) / median:.0f}",
-            f"{next(iter(medians.values())) / medians[engine]:.2f}",
+            f"{next(iter(medians.values())) / medians[name]:.2f}",
             f"{max(result['peak_gib'] for result in results):.1f}",
             f"{flops / median / 1e9:.0f} ({flops / median / ceiling:.0%})" if flops else "",
             f"{flops / ceiling:.1f}" if flops else "",
@@ -227,6 +236,7 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", default=list(CASES), help=", ".join(CASES))
     parser.add_argument("--batches", type=int, default=2, help="measured in each run, after one to warm up")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each engine")
+    parser.add_argument("--kept", action="store_true", help="TRL also with freed memory kept")
     parser.add_argument("--environments", type=Path, default=Path(".rlhf"), help="where TRL is installed")
     options = parser.parse_args()
     layout = Layout(Path.cwd())
