@@ -22,6 +22,7 @@ from rich.table import Table
 from benchmarks.clock import peak_gib
 from benchmarks.peers import Case, case_named, run, write_case
 from benchmarks.speed import matrix_ceiling, measure
+from rlhf_core.allocator import keep_freed
 from rlhf_core.config import load_params
 from rlhf_core.layout import Layout
 from rlhf_core.modeling.loading import load_policy, load_tokenizer
@@ -38,6 +39,7 @@ def passes(rows: int, length: int, repeats: int) -> dict[str, Any]:
     from rlhf_core.modeling.flops import Flops
     from rlhf_core.modeling.roles import AdapterRoles
 
+    keep_freed()  # as a stage does
     params = load_params(Layout(Path.cwd()).params)
     model, tokenizer = load_policy(Layout(Path.cwd()).model("base"), params.run)
     flops = Flops.of(model, "lora")

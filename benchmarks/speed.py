@@ -19,6 +19,7 @@ from transformers import GenerationConfig
 
 from benchmarks.clock import now
 from benchmarks.endless import EndlessTokenizer
+from rlhf_core.allocator import keep_freed
 from rlhf_core.config import SamplingConfig, load_params
 from rlhf_core.generation import generate
 from rlhf_core.layout import Layout
@@ -144,6 +145,7 @@ def main() -> None:
     if not layout.model("base").is_dir():
         sys.exit("models/base is missing: `dvc repro base` makes it")
     params = load_params(layout.params)
+    keep_freed()  # as a stage does; both engines have it
     model, tokenizer = load_policy(layout.model("base"), params.run)
     Console().print(generation(model, tokenizer, options.repeats))
 
