@@ -2,7 +2,9 @@
 
 glibc returns each large block to the system when it is freed, and the system hands out the next one page by
 page, each cleared first. A step of full fine-tuning met 219,000 such pages, a fifth of its time
-(docs/performance.md). What is kept is what the process had at once anyway: its peak grows by 2 %.
+(docs/performance.md). The peak of a training grew by up to 2 %. glibc before 2.38 seldom fits an aligned
+block where one of the same size was, so a process with few sizes of large blocks may hold several times as
+much.
 """
 
 from __future__ import annotations

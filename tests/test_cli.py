@@ -54,6 +54,16 @@ def test_unknown_parameter(workspace, capsys):
     assert "ppo.kl_koef: unknown key; did you mean ppo.kl_coef?" in said
 
 
+def test_a_stage_keeps_freed_memory(workspace, capsys, monkeypatch):
+    kept = []
+    monkeypatch.setattr(cli.allocator, "keep_freed", lambda: kept.append("stage"))
+    fails(capsys, "params", "-S", "ppo.minibatch_size=12")
+    assert not kept
+    edit(workspace, "  kl_coef:", "  kl_koef:")  # ends it before it loads a model
+    fails(capsys, "ppo")
+    assert kept == ["stage"]
+
+
 def test_batch_size_that_does_not_divide(workspace, capsys):
     status, said = fails(capsys, "params", "-S", "ppo.minibatch_size=12")
     assert status == 2
